@@ -1,0 +1,87 @@
+"""Self-supervised quantization-aware knowledge distillation for Hugging Face and timm vision models."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .configuration import QuantizationConfig
+from .convert import calibrate_model, is_calibrated, quantize_model, quantized_layers
+from .errors import InputError
+from .functional import fake_quantize
+from .layers import QuantizedLayer, register_quantized_layer
+from .losses import distillation_loss
+from .plan import LayerPlan, QuantizationPlan, plan_quantization
+from .quantizers import FakeQuantizer, create_quantizer, list_quantizers, register_quantizer
+
+
+if TYPE_CHECKING:
+    from .collator import ImageCollator
+    from .data import ImageData, ImageTransform, load_image_data, split_holdout
+    from .interrupt import InterruptCallback
+    from .metrics import TeacherAgreement, TeacherDivergence, TopKAccuracy
+    from .modeling import WeightsNotFoundError, build_model, load_teacher
+    from .trainer import SQAKDTrainer
+    from .training_args import SQAKDTrainingArguments
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "FakeQuantizer",
+    "ImageCollator",
+    "ImageData",
+    "ImageTransform",
+    "InputError",
+    "InterruptCallback",
+    "LayerPlan",
+    "QuantizationConfig",
+    "QuantizationPlan",
+    "QuantizedLayer",
+    "SQAKDTrainer",
+    "SQAKDTrainingArguments",
+    "TeacherAgreement",
+    "TeacherDivergence",
+    "TopKAccuracy",
+    "WeightsNotFoundError",
+    "build_model",
+    "calibrate_model",
+    "create_quantizer",
+    "distillation_loss",
+    "fake_quantize",
+    "is_calibrated",
+    "list_quantizers",
+    "load_image_data",
+    "load_teacher",
+    "plan_quantization",
+    "quantize_model",
+    "quantized_layers",
+    "register_quantized_layer",
+    "register_quantizer",
+    "split_holdout",
+]
+
+# Loaded on first use: transformers' Trainer takes seconds to import, `datasets` and `evaluate` one more.
+_LAZY = {
+    "ImageCollator": "collator",
+    "ImageData": "data",
+    "ImageTransform": "data",
+    "load_image_data": "data",
+    "split_holdout": "data",
+    "InterruptCallback": "interrupt",
+    "TeacherAgreement": "metrics",
+    "TeacherDivergence": "metrics",
+    "TopKAccuracy": "metrics",
+    "WeightsNotFoundError": "modeling",
+    "build_model": "modeling",
+    "load_teacher": "modeling",
+    "SQAKDTrainer": "trainer",
+    "SQAKDTrainingArguments": "training_args",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,248 @@
+"""From a float model to a calibrated student, in place: `quantize_model`, then `calibrate_model`."""
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .configuration import QuantizationConfig
+from .errors import InputError
+from .layers import QuantizedLayer, quantized_class
+from .plan import LayerPlan, QuantizationPlan, plan_quantization
+from .quantizers import FakeQuantizer, create_quantizer
+
+
+logger = logging.getLogger(__name__)
+
+
+def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -> QuantizationPlan:
+    """Replace the convolutions and linear layers of `model` by fake-quantized ones, in place.
+
+    Parameters are shared, state-dict keys such as `layer1.0.conv1.weight` stay, and a float state dict still loads.
+    The student has no ranges until [`calibrate_model`] sets them. On any error the model is left as it was.
+
+    Args:
+        model (`nn.Module`): Any eager model, from timm, transformers or your own.
+        config (`QuantizationConfig`, *optional*): Defaults to `QuantizationConfig()`.
+
+    Returns:
+        `QuantizationPlan`: What was done to each layer; `print` it. Also kept as `model.quantization_plan`.
+
+    Raises:
+        `InputError`: A model without a layer to quantize or quantized already, a pattern that matches nothing, an
+            option that a quantizer does not take.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 10))
+        >>> print(quantize_model(model, QuantizationConfig(weight_bits=2, activation_bits=4)).summary())
+        3 layers: 2 at W8A8, 1 at W2A4
+    """
+    config = QuantizationConfig() if config is None else config
+    if not isinstance(config, QuantizationConfig):
+        raise InputError(f"config must be a QuantizationConfig, got {type(config).__name__}.")
+    plan = plan_quantization(model, config)
+    modules = dict(model.named_modules())
+    # Build every layer before the first is put in place: an error leaves the model as it was.
+    twins = {modules[layer.name]: _quantize_layer(modules[layer.name], layer) for layer in plan.quantized}
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if child in twins:
+                setattr(parent, name, twins[child])
+    model.quantization_plan = plan
+    unsupported = [layer.name for layer in plan.skipped if "registered" in layer.skipped]
+    if unsupported:
+        logger.warning("Left in float, no quantized form of their type is registered: %s.", ", ".join(unsupported))
+    logger.info("Quantized %s.", plan.summary())
+    return plan
+
+
+def _quantize_layer(layer: nn.Module, plan: LayerPlan) -> QuantizedLayer:
+    cls = quantized_class(layer)
+    options = {"integer_zero_point": plan.integer_zero_point, **plan.quantizer_kwargs}
+    per_channel = {"channel_axis": cls.channel_axis, "num_channels": layer.weight.shape[cls.channel_axis]}
+    device = layer.weight.device
+    weight_quantizer = create_quantizer(
+        plan.quantizer, bits=plan.weight_bits, role="weight", **(per_channel if plan.per_channel else {}), **options
+    ).to(device)
+    input_quantizer = None
+    if plan.activation_bits is not None:
+        input_quantizer = create_quantizer(
+            plan.quantizer, bits=plan.activation_bits, role="activation", signed=None, **options
+        ).to(device)
+    return cls.from_float(layer, weight_quantizer, input_quantizer)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Return the quantized layers of `model` by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def is_calibrated(model: nn.Module) -> bool:
+    """Tell whether every quantizer of `model` has its range."""
+    return all(module.calibrated for module in model.modules() if isinstance(module, FakeQuantizer))
+
+
+@torch.no_grad()
+def calibrate_model(
+    model: nn.Module,
+    batches: Iterable[torch.Tensor | Mapping[str, Any]],
+    *,
+    reestimate_batch_norm: bool = True,
+    disable_progress: bool = False,
+) -> None:
+    """Set all ranges of a quantized `model` from data, in place, and re-estimate its BatchNorm statistics.
+
+    Weights: each quantizer's `init_range`. Activations: layer by layer in the order of execution, each on inputs that
+    passed the quantized layers before it, and averaged over the batches; an input that is never negative gets
+    unsigned codes. BatchNorm: the float network's running statistics are wrong behind quantized layers, so ranges
+    are set under batch statistics, and a second pass replaces running mean and variance by their average over the
+    batches. `reestimate_batch_norm=False` keeps the float network's statistics throughout. All else (dropout,
+    stochastic depth) is in eval mode. The model's own train/eval mode is restored.
+
+    Args:
+        model (`nn.Module`): A model after [`quantize_model`].
+        batches (`Iterable`): Images as tensors `(B, C, H, W)`, or dicts with `pixel_values`; without labels. A few
+            hundred images are enough. Read twice: an iterator is kept in memory.
+        reestimate_batch_norm (`bool`, *optional*, defaults to `True`): See above.
+        disable_progress (`bool`, *optional*, defaults to `False`): Show no progress bar.
+
+    Raises:
+        `InputError`: No batch, a layer whose input is not finite, or a planned layer that the data never reached. The
+            message names the layers.
+    """
+    layers = quantized_layers(model)
+    if not layers:
+        raise InputError("The model has no quantized layer. Call quantize_model(model, config) first.")
+    batches = list(batches) if isinstance(batches, Iterator) else batches
+    batch_norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    reestimate = reestimate_batch_norm and bool(batch_norms)
+    was_training = {module: module.training for module in model.modules()}
+    bar = tqdm(desc="Calibrating", unit="batch", disable=disable_progress, leave=False)
+    try:
+        model.eval()
+        for name, layer in layers.items():
+            _require_finite(layer.weight, f"the weight of layer {name!r}")
+            layer.weight_quantizer.init_range(layer.weight)
+        calibrators = {name: _RangeAverage(name, layer) for name, layer in layers.items()}
+        with contextlib.ExitStack() as stack:
+            for calibrator in calibrators.values():
+                stack.enter_context(calibrator)
+            if reestimate:
+                stack.enter_context(_batch_statistics(batch_norms))
+            _feed(model, batches, bar)
+        missed = [name for name, calibrator in calibrators.items() if not calibrator.calls]
+        if missed:
+            raise InputError(
+                f"Calibration never reached {', '.join(missed)}: the model computes without calling these layers, or "
+                "only uses them in training. List them in modules_to_not_convert."
+            )
+        if reestimate:
+            with _batch_statistics(batch_norms):
+                for batch_norm in batch_norms:
+                    batch_norm.reset_running_stats()
+                _feed(model, batches, bar)
+    finally:
+        bar.close()
+        for module, training in was_training.items():
+            module.training = training
+    model.quantization_plan = model.quantization_plan.with_signedness(
+        {name: layer.input_quantizer.signed for name, layer in layers.items() if layer.input_quantizer is not None}
+    )
+    constant = [name for name, calibrator in calibrators.items() if calibrator.constant]
+    if constant:
+        logger.warning(
+            "The input of %s was constant during calibration: dead units, or data unlike what the model was trained on.",
+            ", ".join(constant),
+        )
+
+
+class _RangeAverage:
+    """Set the ranges of one layer's input while the model runs: the mean of `init_range` over the batches."""
+
+    def __init__(self, name: str, layer: QuantizedLayer):
+        self.name, self.layer = name, layer
+        self.calls = 0
+        self.constant = True
+        self.averaged = 0
+
+    def __enter__(self) -> "_RangeAverage":
+        self.handle = self.layer.register_forward_pre_hook(self.observe)
+        if self.layer.input_quantizer is not None and self.layer.input_quantizer.signed_is_open:
+            self.layer.input_quantizer.signed = False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
+
+    def observe(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x = args[0]
+        self.calls += 1
+        _require_finite(x, f"the input of layer {self.name!r}")
+        self.constant &= bool(x.amin() == x.amax())
+        quantizer = self.layer.input_quantizer
+        if quantizer is None:
+            return
+        if quantizer.signed_is_open and not quantizer.signed and bool(x.amin() < 0):
+            quantizer.signed = True
+            self.averaged = 0
+        before = {name: tensor.detach().clone() for name, tensor in quantizer.range_tensors().items()}
+        quantizer.init_range(x)
+        for name, tensor in quantizer.range_tensors().items():
+            if self.averaged:
+                tensor.copy_(before[name].lerp(tensor, 1 / (self.averaged + 1)))
+        self.averaged += 1
+
+
+def _require_finite(x: torch.Tensor, what: str) -> None:
+    if not bool(torch.isfinite(x).all()):
+        kind = "NaN" if bool(torch.isnan(x).any()) else "infinite"
+        raise InputError(f"Calibration met {kind} values in {what}. Check the images and the float model's own output.")
+
+
+@contextlib.contextmanager
+def _batch_statistics(batch_norms: list[nn.Module]) -> Iterator[None]:
+    """Let BatchNorm layers normalise by the batch and keep the plain average of what they saw."""
+    momenta = [module.momentum for module in batch_norms]
+    for module in batch_norms:
+        module.train()
+        module.momentum = None
+    try:
+        yield
+    finally:
+        for module, momentum in zip(batch_norms, momenta, strict=True):
+            module.eval()
+            module.momentum = momentum
+
+
+def _feed(model: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, Any]], bar: tqdm) -> None:
+    empty = True
+    device = next(model.parameters()).device
+    for batch in batches:
+        pixel_values = batch["pixel_values"] if isinstance(batch, Mapping) else batch
+        forward_logits(model, pixel_values.to(device))
+        bar.update()
+        empty = False
+    if empty:
+        raise InputError("Calibration got no batch. Pass an iterable of image batches, (B, C, H, W) each.")
+
+
+def forward_logits(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Run `model` on images `(B, C, H, W)` and return its logits, `(B, K)`, for timm's and transformers' conventions."""
+    outputs = model(pixel_values=pixel_values) if _takes_keyword(model) else model(pixel_values)
+    if isinstance(outputs, torch.Tensor):
+        return outputs
+    if isinstance(outputs, Mapping):
+        return outputs["logits"]
+    return outputs[0]
+
+
+def _takes_keyword(model: nn.Module) -> bool:
+    # Wrappers (DDP, a compiled model) pass arguments on: look at what they wrap.
+    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return "pixel_values" in inspect.signature(type(model).forward).parameters

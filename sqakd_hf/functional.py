@@ -1,0 +1,316 @@
+"""The unified quantizer: clip, normalise, round, de-normalise, and its straight-through or element-wise scaled gradient.
+
+One affine map serves every quantizer: `value = (code - zero_point) * scale` with integer codes `0 ... levels - 1`.
+Arithmetic is ordered so that no compiler can contract it (`x / scale + zero_point`, `(code - zero_point) * scale`):
+the eager and the compiled form give the same bits on a CPU.
+"""
+
+import functools
+import logging
+import types
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+logger = logging.getLogger(__name__)
+
+# Below this size a compiled kernel saves less than compiling it costs; on a GPU launches dominate, so always fuse there.
+_MIN_FUSED_NUMEL = 1 << 15
+# The narrowest range: keeps `scale` positive and `1 / scale` finite in float32.
+MIN_RANGE = 1e-6
+
+
+class Grid(NamedTuple):
+    """The values a quantizer can take, without gradient: each field is 1-D float, `(1,)` or `(channels,)`.
+
+    `lower` and `upper` bound the elements that pass a gradient; `scale` and `zero_point` map codes to values.
+    """
+
+    lower: torch.Tensor
+    upper: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+
+@torch.no_grad()
+def affine_grid(lower: torch.Tensor, upper: torch.Tensor, levels: int, integer_zero_point: bool = False) -> Grid:
+    """Return the grid of `levels` equidistant values from `lower` to `upper`.
+
+    Args:
+        lower (`torch.Tensor`): Lower end of the clip range, 1-D.
+        upper (`torch.Tensor`): Upper end, same shape; raised to `lower + MIN_RANGE` where it is below.
+        levels (`int`): Number of codes, `2 ** bits`.
+        integer_zero_point (`bool`, *optional*, defaults to `False`):
+            Widen the range to contain zero and shift it by less than half a step so that zero is exactly a grid
+            value, as integer kernels and zero padding want it.
+
+    Examples:
+        >>> grid = affine_grid(torch.tensor([-0.9]), torch.tensor([2.1]), levels=4, integer_zero_point=True)
+        >>> grid.scale.item(), grid.zero_point.item()
+        (1.0, 1.0)
+    """
+    if not integer_zero_point:
+        upper = torch.maximum(upper, lower + MIN_RANGE)
+        scale = (upper - lower) / (levels - 1)
+        return Grid(lower, upper, scale, -lower / scale)
+    lower = lower.clamp(max=0)
+    upper = torch.maximum(upper.clamp(min=0), lower + MIN_RANGE)
+    scale = (upper - lower) / (levels - 1)
+    zero_point = torch.round(-lower / scale).clamp(0, levels - 1)
+    return Grid(-zero_point * scale, (levels - 1 - zero_point) * scale, scale, zero_point)
+
+
+def fake_quantize(
+    x: torch.Tensor,
+    lower: torch.Tensor,
+    upper: torch.Tensor,
+    levels: int,
+    *,
+    grid: Grid | None = None,
+    delta: float = 0.0,
+    channel_axis: int | None = None,
+    binary: bool = False,
+    clip_only: bool = False,
+) -> torch.Tensor:
+    """Round `x` to the grid, with the unified gradient of SQAKD.
+
+    With `x_n = (x - lower) / (upper - lower)`, its rounded form `x_q`, the upstream gradient `g` and
+    `kappa = 1[lower <= x <= upper] * (1 + delta * sign(g) * (x_n - x_q))`:
+
+        dL/dx = g * kappa     dL/dupper = sum g * (x_q - kappa * x_n)     dL/dlower = sum g * (1 - kappa) - dL/dupper
+
+    `delta=0` is the straight-through estimator, `delta > 0` the element-wise gradient scaling of
+    [EWGS](https://huggingface.co/papers/2104.00903); SQAKD writes the same as `g + mu * (x_n - x_q)`, `mu = delta * |g|`.
+
+    Args:
+        x (`torch.Tensor`): Any shape; floating point. Arithmetic runs in the wider of its dtype and the grid's.
+        lower (`torch.Tensor`): 1-D, `(1,)` or `(channels,)`; takes the gradient of the lower end.
+        upper (`torch.Tensor`): Same shape; takes the gradient of the upper end.
+        levels (`int`): Number of codes, `2 ** bits`.
+        grid (`Grid`, *optional*): The values used in the forward where they differ from the learned ends (an integer
+            zero point, a floor): gradients go to `lower` and `upper` as if these were the grid's ends.
+        delta (`float`, *optional*, defaults to 0.0): Gradient scaling factor, non-negative.
+        channel_axis (`int`, *optional*): The axis of `x` that `lower` and `upper` run along; `None`: one range.
+        binary (`bool`, *optional*, defaults to `False`): Two levels split at their midpoint, which belongs to the
+            upper one: `sign(0) = +1`.
+        clip_only (`bool`, *optional*, defaults to `False`): The range learns from clipped elements alone, and the
+            upper end counts as clipped, as in [PACT](https://huggingface.co/papers/1805.06085).
+
+    Returns:
+        `torch.Tensor`: Same shape and dtype as `x`.
+
+    Examples:
+        >>> x = torch.tensor([0.1, 0.6, 2.0], requires_grad=True)
+        >>> y = fake_quantize(x, torch.zeros(1), torch.ones(1), levels=4)
+        >>> y
+        tensor([0.0000, 0.6667, 1.0000], grad_fn=<_FakeQuantizeBackward>)
+        >>> y.sum().backward()
+        >>> x.grad
+        tensor([1., 1., 0.])
+    """
+    grid = affine_grid(lower.detach(), upper.detach(), levels) if grid is None else grid
+    return _FakeQuantize.apply(x, lower, upper, grid, levels - 1, float(delta), channel_axis, binary, clip_only)
+
+
+@torch.no_grad()
+def quantize(
+    x: torch.Tensor, grid: Grid, levels: int, *, channel_axis: int | None = None, binary: bool = False
+) -> torch.Tensor:
+    """Return the integer codes of `x`, `uint8` in `[0, levels - 1]`, by the arithmetic of [`fake_quantize`].
+
+    Examples:
+        >>> quantize(torch.tensor([0.1, 0.6, 2.0]), affine_grid(torch.zeros(1), torch.ones(1), 4), levels=4)
+        tensor([0, 2, 3], dtype=torch.uint8)
+    """
+    scale, zero_point = _along(grid.scale, x, channel_axis), _along(grid.zero_point, x, channel_axis)
+    wide = x.to(torch.promote_types(x.dtype, scale.dtype))
+    return _code(wide, scale, zero_point, levels - 1, binary).to(torch.uint8)
+
+
+@torch.no_grad()
+def dequantize(codes: torch.Tensor, grid: Grid, *, channel_axis: int | None = None) -> torch.Tensor:
+    """Return the values of integer `codes`, in the grid's dtype.
+
+    Examples:
+        >>> dequantize(torch.tensor([0, 2, 3]), affine_grid(torch.zeros(1), torch.full((1,), 3.0), 4))
+        tensor([0., 2., 3.])
+    """
+    scale, zero_point = _along(grid.scale, codes, channel_axis), _along(grid.zero_point, codes, channel_axis)
+    return (codes.to(scale.dtype) - zero_point) * scale
+
+
+def _along(values: torch.Tensor, x: torch.Tensor, channel_axis: int | None) -> torch.Tensor:
+    """View 1-D `values` so that they broadcast along `channel_axis` of `x`."""
+    if channel_axis is None or values.numel() == 1:
+        return values.view([1] * x.dim())
+    return values.view([-1 if axis == channel_axis % x.dim() else 1 for axis in range(x.dim())])
+
+
+# --- element-wise bodies: eager as they stand, one kernel each when compiled -----------------------------------------
+
+
+def _code(x, scale, zero_point, qmax, binary):
+    if binary:
+        return (x >= (0.5 - zero_point) * scale).to(x.dtype)
+    return torch.round(torch.clamp(x / scale + zero_point, 0, qmax))
+
+
+def _forward(x, scale, zero_point, qmax, binary):
+    wide = x.to(torch.promote_types(x.dtype, scale.dtype))
+    return ((_code(wide, scale, zero_point, qmax, binary) - zero_point) * scale).to(x.dtype)
+
+
+def _backward(x, grad, lower, upper, scale, zero_point, delta, qmax, binary, clip_only, want_x, want_range):
+    """Return (grad of x or None, grads of lower and of upper before summation over the elements, or None)."""
+    wide = torch.promote_types(x.dtype, scale.dtype)
+    x, g = x.to(wide), grad.to(wide)
+    position = torch.clamp(x / scale + zero_point, 0, qmax)  # x_n in units of codes
+    code = _code(x, scale, zero_point, qmax, binary)
+    inside = (x >= lower) & ((x < upper) if clip_only else (x <= upper))
+    kappa = torch.where(inside, 1 + delta * torch.sign(g) * ((position - code) / qmax), 0)
+    grad_x = (g * kappa).to(grad.dtype) if want_x else None
+    if not want_range:
+        return grad_x, None, None
+    if clip_only:
+        return grad_x, torch.where(x < lower, g, 0), torch.where(x >= upper, g, 0)
+    grad_upper = g * ((code - kappa * position) / qmax)
+    return grad_x, g * (1 - kappa) - grad_upper, grad_upper
+
+
+def _backward_flat(*args):
+    """[`_backward`] on a flat `(n,)` or `(channels, n)` view, the range's gradients summed over the last axis."""
+    grad_x, grad_lower, grad_upper = _backward(*args)
+    if grad_lower is None:
+        return grad_x, None, None
+    return grad_x, grad_lower.sum(-1, keepdim=True), grad_upper.sum(-1, keepdim=True)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Saves `x` and the range only: what the backward needs beyond them costs less to recompute than to store."""
+
+    @staticmethod
+    def forward(ctx, x, lower, upper, grid, qmax, delta, channel_axis, binary, clip_only):
+        ctx.save_for_backward(x, *grid)
+        ctx.options = (qmax, delta, channel_axis, binary, clip_only)
+        if torch.compiler.is_compiling():
+            return _forward(
+                x, _along(grid.scale, x, channel_axis), _along(grid.zero_point, x, channel_axis), qmax, binary
+            )
+        flat, rows, like = _flatten(x, channel_axis)
+        out = _run(_forward, flat, *(_column(v, rows) for v in grid[2:]), qmax, binary)
+        return _unflatten(out, like, channel_axis)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, *grid = ctx.saved_tensors
+        qmax, delta, channel_axis, binary, clip_only = ctx.options
+        want_x, want_range = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        flags = (qmax, binary, clip_only, want_x, want_range)
+        if torch.compiler.is_compiling():
+            columns = [_along(v, x, channel_axis) for v in grid]
+            grad_x, grad_lower, grad_upper = _backward(x, grad, *columns, delta, *flags)
+            if want_range:
+                grad_lower, grad_upper = (
+                    v.sum_to_size(grid[0].shape) if v.dim() < 2 else _sum_along(v, grid[0], channel_axis)
+                    for v in (grad_lower, grad_upper)
+                )
+        else:
+            flat, rows, like = _flatten(x, channel_axis)
+            flat_grad, _, _ = _flatten(grad, channel_axis, like)
+            # A tensor, not a Python number: one compiled kernel serves every delta.
+            delta = grid[0].new_full((1,), delta)
+            columns = [_column(v, rows) for v in grid]
+            grad_x, grad_lower, grad_upper = _run(_backward_flat, flat, flat_grad, *columns, delta, *flags)
+            grad_x = _unflatten(grad_x, like, channel_axis) if want_x else None
+            if want_range:
+                grad_lower, grad_upper = (
+                    v.sum().view(1) if grid[0].numel() == 1 else v.flatten() for v in (grad_lower, grad_upper)
+                )
+        return grad_x, grad_lower, grad_upper, None, None, None, None, None, None
+
+
+def _sum_along(values: torch.Tensor, like: torch.Tensor, channel_axis: int | None) -> torch.Tensor:
+    if like.numel() == 1:
+        return values.sum().view(1)
+    return values.sum([axis for axis in range(values.dim()) if axis != channel_axis % values.dim()])
+
+
+# --- flat views ------------------------------------------------------------------------------------------------------
+
+
+def _column(values: torch.Tensor, rows: int | None) -> torch.Tensor:
+    """Shape a 1-D range so that it broadcasts over a flat `(n,)` or `(rows, n)` view."""
+    return values if rows is None else values.view(-1, 1)
+
+
+def _flatten(
+    x: torch.Tensor, channel_axis: int | None, like: torch.Tensor | None = None
+) -> tuple[torch.Tensor, int | None, torch.Tensor]:
+    """View `x` as `(n,)`, or `(channels, n)`, without a copy where its memory layout allows (channels-last does).
+
+    With `like`, `x` is first brought to the layout of `like`, so that both flatten element by element alike.
+    Returns the view, the number of rows (`None` for one range) and the tensor that has the layout.
+    """
+    if channel_axis is not None:
+        x = x.movedim(channel_axis, 0)
+    if like is None:
+        like = x if _is_dense(x, channel_axis is not None) else x.contiguous()
+    if x.stride() != like.stride():
+        x = torch.empty_like(like, dtype=x.dtype).copy_(x)
+    if channel_axis is None:
+        return x.as_strided((x.numel(),), (1,)), None, like
+    rows = x.shape[0]
+    return x.as_strided((rows, x.numel() // rows), (x.stride(0), 1)), rows, like
+
+
+def _unflatten(flat: torch.Tensor, like: torch.Tensor, channel_axis: int | None) -> torch.Tensor:
+    out = flat.as_strided(like.shape, like.stride())
+    return out if channel_axis is None else out.movedim(0, channel_axis)
+
+
+def _is_dense(x: torch.Tensor, rows_outermost: bool) -> bool:
+    """Tell whether the elements of `x` (and of each row of it) lie side by side in memory."""
+    order = sorted((axis for axis in range(x.dim()) if x.shape[axis] > 1), key=lambda axis: -x.stride(axis))
+    expected = 1
+    for axis in reversed(order):
+        if x.stride(axis) != expected:
+            return False
+        expected *= x.shape[axis]
+    return not rows_outermost or x.stride(0) * x.shape[0] == x.numel()
+
+
+# --- compiled or eager -----------------------------------------------------------------------------------------------
+
+
+def _run(body: Callable, x: torch.Tensor, *args):
+    """Run `body` as a fused kernel where that pays and a compiler works, else eagerly; the results are the same."""
+    large = x.is_cuda or x.numel() >= _MIN_FUSED_NUMEL
+    # A dispatch mode (a FLOP counter, say) wants to see the single operations.
+    if not large or _compiler_failures or torch._C._len_torch_dispatch_stack():
+        return body(x, *args)
+    flags = tuple(a for a in args if isinstance(a, bool))
+    dtypes = tuple(a.dtype for a in (x, *args) if isinstance(a, torch.Tensor))
+    try:
+        return _compiled(body, x.dim(), dtypes, flags)(x, *args)
+    except (torch._dynamo.exc.TorchDynamoException, OSError) as error:
+        _compiler_failures.append(str(error).strip().splitlines()[0])
+        logger.info("Quantizers run without a compiled kernel, up to a third slower: %s", _compiler_failures[0])
+        return body(x, *args)
+
+
+@functools.cache
+def _compiled(body: Callable, *variant) -> Callable:
+    """Compile `body` once for each variant of rank, dtypes and flags; sizes and `qmax` stay symbolic.
+
+    Each variant gets a code object of its own, because dynamo counts recompilations per code object and would fall
+    back to eager without a word at the eighth.
+    """
+    own = types.FunctionType(body.__code__.replace(), body.__globals__, body.__name__)
+    return torch.compile(own, dynamic=True, fullgraph=True)
+
+
+# Filled by the first failure to compile: nothing is compiled after it, and it is logged once.
+_compiler_failures: list[str] = []

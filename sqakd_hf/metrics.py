@@ -1,0 +1,79 @@
+"""Metrics as `evaluate.Metric`s that need no network. Two of them need no label either."""
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+
+from .errors import InputError
+from .losses import distillation_loss
+
+
+_CITATION = "Zhao and Zhao. Self-Supervised Quantization-Aware Knowledge Distillation. AISTATS 2024."
+_LOGITS = datasets.Sequence(datasets.Value("float32"))
+
+
+class TopKAccuracy(evaluate.Metric):
+    """Share of images whose label is among the `k` largest logits.
+
+    `compute(predictions=logits (N, K), references=labels (N,), k=1)` returns `{"top{k}_accuracy": float}`.
+
+    Examples:
+        >>> TopKAccuracy().compute(predictions=[[0.1, 0.9], [0.8, 0.2]], references=[1, 1])
+        {'top1_accuracy': 0.5}
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _info("Top-k accuracy.", datasets.Value("int64"))
+
+    def _compute(self, predictions: list, references: list, k: int = 1) -> dict[str, float]:
+        logits = np.asarray(predictions)
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= logits.shape[1]:
+            raise InputError(f"k must be an integer from 1 to the number of classes, {logits.shape[1]}, got {k!r}.")
+        best = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+        return {f"top{k}_accuracy": float((best == np.asarray(references)[:, None]).any(1).mean())}
+
+
+class TeacherAgreement(evaluate.Metric):
+    """Share of images where student and teacher name the same class; needs no label.
+
+    `compute(predictions=student logits (N, K), references=teacher logits (N, K))` returns `{"agreement": float}`.
+
+    Examples:
+        >>> TeacherAgreement().compute(predictions=[[0.1, 0.9], [0.8, 0.2]], references=[[0.0, 1.0], [0.0, 1.0]])
+        {'agreement': 0.5}
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _info("Top-1 agreement of a student with its teacher.", _LOGITS)
+
+    def _compute(self, predictions: list, references: list) -> dict[str, float]:
+        return {"agreement": float((np.argmax(predictions, 1) == np.argmax(references, 1)).mean())}
+
+
+class TeacherDivergence(evaluate.Metric):
+    """Mean [`distillation_loss`] of the student from its teacher; needs no label.
+
+    `compute(predictions=student logits (N, K), references=teacher logits (N, K), temperature=4.0)` returns
+    `{"kl": float}`.
+
+    Examples:
+        >>> TeacherDivergence().compute(predictions=[[0.0, 1.0]], references=[[0.0, 1.0]])
+        {'kl': 0.0}
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _info("Kullback-Leibler divergence of a student from its teacher, times T².", _LOGITS)
+
+    def _compute(self, predictions: list, references: list, temperature: float = 4.0) -> dict[str, float]:
+        student, teacher = torch.as_tensor(np.asarray(predictions)), torch.as_tensor(np.asarray(references))
+        return {"kl": distillation_loss(student, teacher, temperature).item()}
+
+
+def _info(description: str, references: object) -> evaluate.MetricInfo:
+    return evaluate.MetricInfo(
+        description=description,
+        citation=_CITATION,
+        inputs_description="`predictions`: logits, one row an image.",
+        features=datasets.Features({"predictions": _LOGITS, "references": references}),
+    )

@@ -1,0 +1,188 @@
+"""Float models by name: `timm/NAME`, a Hugging Face id, or a folder."""
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
+
+from .errors import InputError, suggest
+
+
+logger = logging.getLogger(__name__)
+
+TIMM_PREFIX = "timm/"
+# Arguments that a timm repository may state twice, once of its own and once for the wrapper.
+_STATED_BY_WRAPPER = ("num_classes", "global_pool")
+
+
+class WeightsNotFoundError(InputError):
+    """The name is a known architecture, but neither the Hub nor the local cache gives its weights."""
+
+
+def load_teacher(name: str, num_labels: int | None = None, **kwargs: Any) -> PreTrainedModel:
+    """Load a full-precision image classifier with its trained weights.
+
+    Args:
+        name (`str`): `timm/NAME` (without a tag: timm's default weights, `timm/resnet18` is
+            `timm/resnet18.a1_in1k`), any Hugging Face id, or a folder that `save_pretrained` wrote.
+        num_labels (`int`, *optional*): Give the model a new head for this many classes, randomly initialised where
+            the stored head has another number.
+        **kwargs: Passed to `from_pretrained`.
+
+    Raises:
+        `WeightsNotFoundError`: Neither the Hub nor the cache has the weights.
+        `InputError`: A name that does not exist, with close names.
+    """
+    source = resolve_name(name)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        if isinstance(config, TimmWrapperConfig):
+            config.model_args = {
+                key: value for key, value in (config.model_args or {}).items() if key not in _STATED_BY_WRAPPER
+            }
+        if num_labels is not None and num_labels != config.num_labels:
+            # Not the old classes' names.
+            config.id2label = {index: f"LABEL_{index}" for index in range(num_labels)}
+            config.label2id = {label: index for index, label in config.id2label.items()}
+            kwargs["ignore_mismatched_sizes"] = True
+        return AutoModelForImageClassification.from_pretrained(source, config=config, **kwargs)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        where = "The folder" if os.path.isdir(source) else "Neither the Hub nor the local cache"
+        verb = "has no" if os.path.isdir(source) else "gives"
+        raise WeightsNotFoundError(
+            f"{where} {verb} trained weights for {name!r}"
+            + (f" ({source})" if source != name else "")
+            + f": {reason} Check the name and the connection, or pass a folder with a trained model."
+        ) from error
+
+
+def build_model(
+    name: str, num_labels: int, image_size: int | None = None, model_args: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """Build an image classifier with random weights.
+
+    Args:
+        name (`str`): `timm/NAME`, or a folder (or cached Hugging Face id) with a `config.json`.
+        num_labels (`int`): Number of classes.
+        image_size (`int`, *optional*): Side of the square images; the architecture's own by default.
+        model_args (`dict`, *optional*): Further arguments of the timm architecture, such as `{"patch_size": 4}`, or
+            fields of the transformers config.
+
+    Raises:
+        `InputError`: A name or an argument that the architecture does not know.
+    """
+    model_args = dict(model_args or {})
+    if name.startswith(TIMM_PREFIX):
+        import timm
+
+        resolve_name(name)
+        architecture = name.removeprefix(TIMM_PREFIX)
+        pretrained_cfg = timm.models.get_pretrained_cfg(architecture)
+        cfg = pretrained_cfg.to_dict() if pretrained_cfg else {"input_size": (3, 224, 224)}
+        channels, native, _ = cfg["input_size"]
+        size = image_size or native
+        cfg["input_size"] = (model_args.get("in_chans", channels), size, size)
+        if cfg.get("fixed_input_size") and size != native:
+            model_args.setdefault("img_size", size)
+        config = TimmWrapperConfig(
+            architecture=architecture.split(".")[0], num_labels=num_labels, pretrained_cfg=cfg, model_args=model_args
+        )
+    else:
+        try:
+            config = AutoConfig.from_pretrained(name, num_labels=num_labels)
+        except (OSError, ValueError) as error:
+            raise InputError(_unknown(name, str(error).strip().splitlines()[0])) from error
+        if image_size is not None and hasattr(config, "image_size"):
+            model_args.setdefault("image_size", image_size)
+        for key, value in model_args.items():
+            if not hasattr(config, key):
+                raise InputError(f"{type(config).__name__} has no field {key!r}.{suggest(key, vars(config))}")
+            setattr(config, key, value)
+    try:
+        return AutoModelForImageClassification.from_config(config)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise InputError(f"{name!r} can't be built with {model_args or 'these arguments'}: {error}") from error
+
+
+def resolve_name(name: str) -> str:
+    """Return the Hub id or folder that `name` stands for; a timm name without tag gets timm's default tag.
+
+    Examples:
+        >>> resolve_name("timm/resnet18")
+        'timm/resnet18.a1_in1k'
+    """
+    if os.path.isdir(name) or not name.startswith(TIMM_PREFIX):
+        if not os.path.isdir(name) and "/" not in name:
+            import timm
+
+            if timm.is_model(name):
+                raise InputError(f"{name!r} is a timm model: write 'timm/{name}'.")
+        return name
+    import timm
+
+    architecture = name.removeprefix(TIMM_PREFIX)
+    base = architecture.split(".")[0]
+    if not timm.is_model(base):
+        raise InputError(f"timm has no model {base!r}.{suggest(base, timm.list_models())}")
+    try:
+        pretrained_cfg = timm.models.get_pretrained_cfg(architecture)
+    except RuntimeError as error:
+        tags = ", ".join(timm.list_pretrained(f"{base}.*")) or "no tag"
+        raise InputError(f"timm has no weights {architecture!r}; accepted: {base}, {tags}.") from error
+    if pretrained_cfg is not None and pretrained_cfg.hf_hub_id:
+        # timm writes "timm/" for "the repository of my own name".
+        hub_id = pretrained_cfg.hf_hub_id
+        return hub_id + pretrained_cfg.architecture + f".{pretrained_cfg.tag}" if hub_id == TIMM_PREFIX else hub_id
+    return name
+
+
+def _unknown(name: str, reason: str) -> str:
+    import timm
+
+    return f"Model {name!r} can't be found: {reason}" + suggest(
+        name if name.startswith(TIMM_PREFIX) else TIMM_PREFIX + name, [TIMM_PREFIX + n for n in timm.list_models()]
+    )
+
+
+def num_classes(model: nn.Module) -> int | None:
+    """Return the number of classes that `model` states (transformers' or timm's way), or `None`."""
+    if isinstance(model, PreTrainedModel):
+        return model.config.num_labels
+    stated = getattr(model, "num_classes", None)
+    return stated if isinstance(stated, int) else None
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a model expects of its images: side in pixels, per-channel mean and std, centre-crop ratio, resampling."""
+
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float = 1.0
+    interpolation: str = "bicubic"
+
+
+def preprocessing(model: PreTrainedModel) -> Preprocessing:
+    """Return the preprocessing that `model` was made for: timm's metadata, or the image processor saved with it."""
+    config = model.config
+    if isinstance(config, TimmWrapperConfig):
+        cfg = config.pretrained_cfg
+        channels, size, _ = cfg["input_size"]
+        mean, std = tuple(cfg.get("mean", (0.5,) * channels)), tuple(cfg.get("std", (0.5,) * channels))
+        if len(mean) != channels:
+            mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
+        return Preprocessing(size, mean, std, cfg.get("crop_pct", 1.0), cfg.get("interpolation", "bicubic"))
+    size = getattr(config, "image_size", 224)
+    size = size if isinstance(size, int) else size[0]
+    channels = getattr(config, "num_channels", 3)
+    try:
+        processor = AutoImageProcessor.from_pretrained(config._name_or_path)
+    except (OSError, ValueError):
+        return Preprocessing(size, (0.5,) * channels, (0.5,) * channels)
+    return Preprocessing(size, tuple(processor.image_mean), tuple(processor.image_std))

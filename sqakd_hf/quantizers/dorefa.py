@@ -1,0 +1,74 @@
+"""DoReFa: nothing about the range is learned.
+
+[DoReFa-Net](https://huggingface.co/papers/1606.06160). The published form normalises weights to [-1, 1] and
+activations to [0, 1]; by default both keep the magnitude they had at calibration, so that a trained network still
+computes what it did. `unit_range=True` is the published form.
+"""
+
+import torch
+
+from ..functional import Grid
+from .base import FakeQuantizer, register_quantizer
+from .lsq import widen
+
+
+class _FixedRange(FakeQuantizer):
+    """A range of fixed `magnitude`, mirrored for signed inputs."""
+
+    def __init__(self, *args, unit_range: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.unit_range = unit_range
+        self.register_buffer("magnitude", torch.full((self.num_channels,), float("nan")))
+
+    def init_range(self, x: torch.Tensor) -> None:
+        magnitude = self.rows(x).abs()
+        magnitude = magnitude.mean(1) if self.binary else magnitude.amax(1)
+        if self.unit_range and not (self.binary and self.role == "weight"):
+            magnitude = torch.ones_like(magnitude)
+        self.set_range(magnitude=widen(torch.zeros_like(magnitude), magnitude)[1])
+
+    def clip_range(self, x: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        return (-self.magnitude if self.signed else torch.zeros_like(self.magnitude)), self.magnitude
+
+
+@register_quantizer("dorefa", role="activation")
+class DoReFa(_FixedRange):
+    """Clip to the range of fixed `magnitude` and round."""
+
+
+@register_quantizer("dorefa", role="weight")
+@register_quantizer("pact", role="weight")
+class DoReFaWeight(_FixedRange):
+    """Squash by tanh, stretch to `[-magnitude, magnitude]`, round; at 1 bit `sign(w) * mean(|w|)`.
+
+    The stretch is detached: gradients see `tanh`, not its maximum. 1-bit values pass every gradient, and their
+    magnitude follows the weight while training.
+    """
+
+    def transform(self, x: torch.Tensor) -> torch.Tensor:
+        if self.binary:
+            return x
+        squashed = torch.tanh(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
+        largest = self._spread(self.rows(squashed).abs().amax(1).to(squashed.dtype), x)
+        # Divide first: the largest weight lands on the end of the range exactly.
+        return squashed / largest.clamp(min=torch.finfo(torch.float32).tiny) * self._spread(self.magnitude, x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.binary and self.training and self.calibrated:
+            with torch.no_grad():
+                self.magnitude.copy_(widen(torch.zeros_like(self.magnitude), self.rows(x).abs().mean(1))[1])
+        return super().forward(x)
+
+    def grid(self) -> Grid:
+        grid = super().grid()
+        if not self.binary:
+            return grid
+        # No clipping: every weight keeps its gradient.
+        return grid._replace(
+            lower=torch.full_like(grid.lower, -torch.inf), upper=torch.full_like(grid.upper, torch.inf)
+        )
+
+    def _spread(self, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if self.channel_axis is None:
+            return values
+        return values.view([-1 if axis == self.channel_axis % x.dim() else 1 for axis in range(x.dim())])

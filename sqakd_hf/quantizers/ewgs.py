@@ -1,0 +1,51 @@
+"""EWGS: both ends of the range are learned, and gradients are scaled element by element.
+
+[Network Quantization with Element-wise Gradient Scaling](https://huggingface.co/papers/2104.00903). Here in the
+de-normalised form, whose values span `lower` to `upper`: it needs no output scale and takes signed activations.
+"""
+
+import math
+
+import torch
+
+from .base import FakeQuantizer, register_quantizer
+from .lsq import standard_deviation, widen
+
+
+# The mean-free half-normal of a rectified activation has this fraction of the underlying deviation.
+_HALF_NORMAL = math.sqrt(1 - 2 / math.pi)
+
+
+@register_quantizer("ewgs")
+class EWGS(FakeQuantizer):
+    """Learned `lower` and `upper`, and `delta > 0`: elements far from their code move further.
+
+    `delta=1e-3` is the published fixed setting; `delta=0` is the straight-through estimator. Initial ranges are three
+    standard deviations around zero (weights), from the minimum to three deviations of the half-normal's origin
+    (unsigned activations) or three deviations around the mean, within the data (signed activations).
+    """
+
+    def __init__(self, *args, delta: float = 1e-3, **kwargs):
+        super().__init__(*args, delta=delta, **kwargs)
+        self.lower = self.new_range_parameter()
+        self.upper = self.new_range_parameter()
+
+    def init_range(self, x: torch.Tensor) -> None:
+        rows = self.rows(x)
+        reach = 3 * standard_deviation(rows)
+        if self.binary:
+            upper = rows.abs().mean(1)
+            upper = torch.where(upper > 0, upper, 1.0)
+            lower = -upper
+        elif self.role == "weight":
+            lower, upper = -reach, reach
+        elif self.signed:
+            mean = rows.mean(1)
+            lower, upper = torch.maximum(mean - reach, rows.amin(1)), torch.minimum(mean + reach, rows.amax(1))
+        else:
+            lower, upper = rows.amin(1), reach / _HALF_NORMAL
+        lower, upper = widen(lower, upper)
+        self.set_range(lower=lower, upper=upper)
+
+    def clip_range(self, x: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.lower, self.upper

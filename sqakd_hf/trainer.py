@@ -1,0 +1,253 @@
+"""`SQAKDTrainer`: transformers' Trainer whose loss is the student's divergence from its teacher."""
+
+import os
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from .collator import ImageCollator
+from .convert import calibrate_model, forward_logits, is_calibrated, quantized_layers
+from .errors import InputError
+from .losses import check_same_classes, distillation_loss
+from .modeling import load_teacher, num_classes
+from .quantizers import FakeQuantizer
+from .training_args import SQAKDTrainingArguments
+
+
+ARGUMENTS_FILE = "training_args.json"
+
+
+class SQAKDTrainer(Trainer):
+    """Distil a quantized student from its full-precision teacher, on images without labels.
+
+    The loss is [`distillation_loss`] of the two models' logits on the same batch and nothing else. Labels in the
+    batch never reach the training; `evaluate` uses them, where they exist, to add the accuracy.
+
+    Args:
+        model (`nn.Module`): The student, after [`quantize_model`]; a transformers model, or a timm (or any other)
+            module that takes images `(B, C, H, W)` and returns logits `(B, K)`. If it has no ranges yet, `train`
+            calibrates it first.
+        teacher_model (`nn.Module` or `str`): The full-precision model, or a name for [`load_teacher`]. It stays
+            outside the student: frozen, in eval mode, neither saved nor optimised.
+        args (`SQAKDTrainingArguments`, *optional*): Training arguments.
+        train_dataset, eval_dataset: Datasets that yield `pixel_values` `(C, H, W)` and, optionally, `labels`.
+        **kwargs: All else that [`~transformers.Trainer`] takes.
+
+    Raises:
+        `InputError`: A student that is not quantized, a teacher that is quantized or the student itself, a different
+            number of classes.
+
+    `evaluate()` returns `eval_loss` (the divergence), `eval_agreement` (share of images where student and teacher
+    name the same class) and, where the dataset has labels, `eval_accuracy`; exact means over the images, whatever
+    the batch size and the number of processes. `metric_for_best_model` takes any of them.
+    """
+
+    # compute_loss returns the mean of its batch: Trainer divides it by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher_model: nn.Module | str,
+        args: SQAKDTrainingArguments | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
+        **kwargs: Any,
+    ):
+        if not quantized_layers(model):
+            raise InputError("The student is not quantized. Call quantize_model(model, QuantizationConfig(...)) first.")
+        teacher = load_teacher(teacher_model) if isinstance(teacher_model, str) else teacher_model
+        if teacher is model:
+            raise InputError("Student and teacher are one object. Copy the model (copy.deepcopy) before quantizing it.")
+        if quantized_layers(teacher):
+            raise InputError("The teacher is quantized. Pass the full-precision model.")
+        classes = num_classes(model), num_classes(teacher)
+        if None not in classes:
+            check_same_classes(*classes)
+        args = SQAKDTrainingArguments() if args is None else args
+        if not isinstance(args, SQAKDTrainingArguments):
+            raise InputError(f"args must be SQAKDTrainingArguments, got {type(args).__name__}.")
+        kwargs.setdefault("data_collator", ImageCollator())
+        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        # transformers before `loss_is_scaled_for_ga` decides by this attribute alone.
+        self.model_accepts_loss_kwargs = False
+        self.teacher_model = self._prepare_teacher(teacher)
+        self._agreement = _RunningMean()
+        self._evaluated: dict[str, _RunningMean] = {}
+
+    def _prepare_teacher(self, teacher: nn.Module) -> nn.Module:
+        teacher.requires_grad_(False).eval().to(self.args.device)
+        # Autocast and compilation, as the student gets them; no DDP, which a frozen model has no use for.
+        prepared = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        # Trainer takes a non-empty list for a sign that the student is prepared already.
+        self.accelerator._models.remove(prepared)
+        return prepared
+
+    # --- training ---
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """Train; a student without ranges is calibrated first, unless a checkpoint brings them."""
+        if not resume_from_checkpoint and not is_calibrated(self.model):
+            self.calibrate()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def calibrate(self) -> None:
+        """Set the student's ranges from the first `args.calibration_images` of the training set, see [`calibrate_model`].
+
+        Every process reads the same images, so that all hold the same ranges.
+        """
+        if self.train_dataset is None:
+            raise InputError("Calibration needs images: pass train_dataset, or call calibrate_model yourself.")
+        self._move_model_to_device(self.model, self.args.device)
+        calibrate_model(
+            self.model, list(self._calibration_batches()), disable_progress=not self.is_world_process_zero()
+        )
+
+    def _calibration_batches(self) -> Iterator[torch.Tensor]:
+        dataset, total = self.train_dataset, self.args.calibration_images
+        stream = iter(dataset) if isinstance(dataset, IterableDataset) else map(dataset.__getitem__, range(len(dataset)))
+        images = islice(stream, total)
+        while features := list(islice(images, max(self.args.train_batch_size, 32))):
+            if len(features) > 1:  # batch statistics need two images
+                yield self.data_collator(features)["pixel_values"]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return `T² · KL(teacher ‖ student)`, the mean over the batch; with `return_outputs` also the logits."""
+        student = forward_logits(model, inputs["pixel_values"])
+        teacher = self.teacher_logits(inputs)
+        loss = distillation_loss(student, teacher, self.args.temperature)
+        if model.training:
+            self._agreement.add(_agreement(student, teacher).mean())
+        return (loss, {"logits": student, "teacher_logits": teacher}) if return_outputs else loss
+
+    @torch.no_grad()
+    def teacher_logits(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Return the teacher's logits `(B, K)` for a prepared batch."""
+        return forward_logits(self.teacher_model, inputs["pixel_values"])
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Group the parameters: decayed weights, other weights, and ranges with their own rate and no decay."""
+        if self.optimizer is not None:
+            return self.optimizer
+        owner = self.model if model is None else model
+        ranges = [
+            parameter
+            for module in owner.modules()
+            if isinstance(module, FakeQuantizer)
+            for parameter in module.parameters(recurse=False)
+            if parameter.requires_grad
+        ]
+        for parameter in ranges:
+            parameter.requires_grad_(False)
+        super().create_optimizer(*(() if model is None else (model,)))
+        for parameter in ranges:
+            parameter.requires_grad_(True)
+        if ranges:
+            # Last: Trainer logs the learning rate of the first group.
+            self.optimizer.add_param_group(
+                {"params": ranges, "lr": self.args.quantizer_learning_rate, "weight_decay": 0.0}
+            )
+        return self.optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Decay matrices and kernels; not biases, nor the vectors of any normalisation."""
+        names = set(super().get_decay_parameter_names(model))
+        return [name for name, parameter in model.named_parameters() if name in names and parameter.dim() > 1]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the student's agreement with its teacher, averaged since the last log, to the training logs."""
+        if "loss" in logs and self._agreement:
+            logs["agreement"] = round(self._agreement.pop(), 4)
+        super().log(logs, *args, **kwargs)
+
+    # --- evaluation ---
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Run Trainer's loop and replace its loss by exact means over the images; labels are optional."""
+        if not is_calibrated(self.model):
+            raise InputError("The student has no ranges yet. Call trainer.calibrate() or trainer.train() first.")
+        self._evaluated = {}
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for name, mean in self._evaluated.items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = mean.pop()
+        return output
+
+    @torch.no_grad()
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Return the batch's loss, student logits and labels (`None` without), and keep the sums of the metrics."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.get("labels")
+        student, teacher = forward_logits(model, inputs["pixel_values"]), self.teacher_logits(inputs)
+        loss = distillation_loss(student, teacher, self.args.temperature, reduction="none")
+        values = {"loss": loss, "agreement": _agreement(student, teacher)}
+        if labels is not None:
+            values["accuracy"] = (student.argmax(1) == labels).float()
+        for name, value in values.items():
+            # Drops the images that fill up the last batch of a distributed loader.
+            gathered = self.accelerator.gather_for_metrics(value)
+            self._evaluated.setdefault(name, _RunningMean()).add(gathered.double().sum(), gathered.numel())
+        if prediction_loss_only:
+            return loss.mean(), None, None
+        return loss.mean(), student, labels
+
+    # --- saving ---
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if not isinstance(self.model, PreTrainedModel):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            output_dir = self.args.output_dir if output_dir is None else output_dir
+            # Trainer loads a checkpoint by the names that modules have in memory; save_pretrained would write the
+            # names of the original checkpoint, and resuming would drop most weights (transformers #43701).
+            self.model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir)
+        if self.args.should_save:
+            # JSON hides tokens; Trainer's training_args.bin is a pickle that holds them in clear.
+            folder = output_dir or self.args.output_dir
+            if os.path.exists(pickled := os.path.join(folder, "training_args.bin")):
+                os.remove(pickled)
+            with open(os.path.join(folder, ARGUMENTS_FILE), "w", encoding="utf-8") as file:
+                file.write(self.args.to_json_string())
+
+
+def _agreement(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return (student.argmax(1) == teacher.argmax(1)).float()
+
+
+class _RunningMean:
+    """A mean whose sum stays on its device until it is asked for: adding never waits for an accelerator."""
+
+    def __init__(self) -> None:
+        self.total: torch.Tensor | float = 0.0
+        self.count = 0
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+    def add(self, value: torch.Tensor, count: int = 1) -> None:
+        self.total = self.total + value.detach()
+        self.count += count
+
+    def pop(self) -> float:
+        mean = float(self.total) / self.count
+        self.total, self.count = 0.0, 0
+        return mean
