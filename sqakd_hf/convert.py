@@ -201,7 +201,9 @@ class _RangeAverage:
 def _require_finite(x: torch.Tensor, what: str) -> None:
     if not bool(torch.isfinite(x).all()):
         kind = "NaN" if bool(torch.isnan(x).any()) else "infinite"
-        raise InputError(f"Calibration met {kind} values in {what}. Check the images and the float model's own output.")
+        raise InputError(
+            f"Calibration met {kind} values in {what}. Check the images and the float model's own output."
+        )
 
 
 @contextlib.contextmanager

@@ -159,13 +159,17 @@ def num_classes(model: nn.Module) -> int | None:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a model expects of its images: side in pixels, per-channel mean and std, centre-crop ratio, resampling."""
+    """What a model expects of its images: side in pixels, per-channel mean and std, centre-crop ratio, resampling.
+
+    `fixed_size` tells whether it takes no other size (a ViT's position embeddings).
+    """
 
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_pct: float = 1.0
     interpolation: str = "bicubic"
+    fixed_size: bool = True
 
 
 def preprocessing(model: PreTrainedModel) -> Preprocessing:
@@ -177,12 +181,21 @@ def preprocessing(model: PreTrainedModel) -> Preprocessing:
         mean, std = tuple(cfg.get("mean", (0.5,) * channels)), tuple(cfg.get("std", (0.5,) * channels))
         if len(mean) != channels:
             mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
-        return Preprocessing(size, mean, std, cfg.get("crop_pct", 1.0), cfg.get("interpolation", "bicubic"))
-    size = getattr(config, "image_size", 224)
-    size = size if isinstance(size, int) else size[0]
+        return Preprocessing(
+            size,
+            mean,
+            std,
+            cfg.get("crop_pct", 1.0),
+            cfg.get("interpolation", "bicubic"),
+            bool(cfg.get("fixed_input_size")),
+        )
+    stated = getattr(config, "image_size", None)
+    size = stated if isinstance(stated, int) else stated[0] if stated else 224
     channels = getattr(config, "num_channels", 3)
     try:
         processor = AutoImageProcessor.from_pretrained(config._name_or_path)
     except (OSError, ValueError):
-        return Preprocessing(size, (0.5,) * channels, (0.5,) * channels)
-    return Preprocessing(size, tuple(processor.image_mean), tuple(processor.image_std))
+        mean, std = (0.5,) * channels, (0.5,) * channels
+    else:
+        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    return Preprocessing(size, mean, std, fixed_size=stated is not None)

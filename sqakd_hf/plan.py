@@ -52,6 +52,13 @@ class QuantizationPlan:
         """The layers that stay in float."""
         return [layer for layer in self.layers if layer.skipped is not None]
 
+    def bits(self) -> str:
+        """The bits that most of the quantized weights have, as `"W2A2"`."""
+        weights = Counter()
+        for layer in self.quantized:
+            weights[_bits(layer)] += layer.num_weights
+        return weights.most_common(1)[0][0] if weights else "float"
+
     def weight_bytes(self) -> int:
         """Bytes that the weights of these layers take: whole codes of `bits` bits each, four bytes where float."""
         return sum((layer.num_weights * (layer.weight_bits or 32) + 7) // 8 for layer in self.layers)
@@ -84,7 +91,9 @@ class QuantizationPlan:
                 end = ("float", f"({layer.skipped})", "", "")
             rows.append((layer.name, layer.layer_type, f"{layer.num_weights:,}", *end))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
         return "\n".join([*lines, self.summary()])
 
 

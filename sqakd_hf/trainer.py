@@ -61,10 +61,14 @@ class SQAKDTrainer(Trainer):
         **kwargs: Any,
     ):
         if not quantized_layers(model):
-            raise InputError("The student is not quantized. Call quantize_model(model, QuantizationConfig(...)) first.")
+            raise InputError(
+                "The student is not quantized. Call quantize_model(model, QuantizationConfig(...)) first."
+            )
         teacher = load_teacher(teacher_model) if isinstance(teacher_model, str) else teacher_model
         if teacher is model:
-            raise InputError("Student and teacher are one object. Copy the model (copy.deepcopy) before quantizing it.")
+            raise InputError(
+                "Student and teacher are one object. Copy the model (copy.deepcopy) before quantizing it."
+            )
         if quantized_layers(teacher):
             raise InputError("The teacher is quantized. Pass the full-precision model.")
         classes = num_classes(model), num_classes(teacher)
@@ -111,7 +115,9 @@ class SQAKDTrainer(Trainer):
 
     def _calibration_batches(self) -> Iterator[torch.Tensor]:
         dataset, total = self.train_dataset, self.args.calibration_images
-        stream = iter(dataset) if isinstance(dataset, IterableDataset) else map(dataset.__getitem__, range(len(dataset)))
+        stream = (
+            iter(dataset) if isinstance(dataset, IterableDataset) else map(dataset.__getitem__, range(len(dataset)))
+        )
         images = islice(stream, total)
         while features := list(islice(images, max(self.args.train_batch_size, 32))):
             if len(features) > 1:  # batch statistics need two images

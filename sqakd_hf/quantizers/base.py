@@ -53,7 +53,9 @@ class FakeQuantizer(nn.Module):
         if role not in ROLES:
             raise InputError(f"role must be 'weight' or 'activation', got {role!r}.")
         if isinstance(delta, bool) or not isinstance(delta, int | float) or not 0 <= delta < float("inf"):
-            raise InputError(f"delta must be a non-negative number, got {delta!r}; 0 is the straight-through estimator.")
+            raise InputError(
+                f"delta must be a non-negative number, got {delta!r}; 0 is the straight-through estimator."
+            )
         self.role = role
         self.channel_axis = channel_axis
         self.num_channels = num_channels if channel_axis is not None else 1
@@ -255,7 +257,9 @@ def register_quantizer(name: str, role: str | None = None) -> Callable[[type[Fak
             previous = _REGISTRY.setdefault((name, key), cls)
             # The same class again comes from a reloaded module: it replaces the old one.
             if previous is not cls and previous.__qualname__ != cls.__qualname__:
-                raise InputError(f"The {key} quantizer {name!r} is taken by {previous.__qualname__}; choose another name.")
+                raise InputError(
+                    f"The {key} quantizer {name!r} is taken by {previous.__qualname__}; choose another name."
+                )
             _REGISTRY[(name, key)] = cls
         return cls
 

@@ -1,0 +1,315 @@
+"""Distil a low-bit student from a full-precision teacher, without labels.
+
+    accelerate launch examples/run_sqakd.py --model timm/resnet18
+    accelerate launch examples/run_sqakd.py --model timm/test_resnet --dataset fashion_mnist --max_train_images 10000 \
+        --weight_bits 4 --activation_bits 4 --quantizer ewgs
+    accelerate launch examples/run_sqakd.py --model google/vit-base-patch16-224 --dataset path/to/images \
+        --teacher path/to/trained/model
+
+Without --teacher the script first fine-tunes one, by ordinary supervised training. Distillation itself never reads a
+label; labels of the test images, where they exist, only serve to report accuracy.
+"""
+
+import copy
+import json
+import logging
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
+
+from sqakd_hf import (
+    ImageCollator,
+    ImageData,
+    ImageTransform,
+    InputError,
+    InterruptCallback,
+    QuantizationConfig,
+    SQAKDTrainer,
+    SQAKDTrainingArguments,
+    TopKAccuracy,
+    WeightsNotFoundError,
+    build_model,
+    load_image_data,
+    load_teacher,
+    quantize_model,
+    split_holdout,
+)
+from sqakd_hf.modeling import preprocessing
+from sqakd_hf.report import plot_learning_curve, results_table
+
+
+logger = logging.getLogger("run_sqakd")
+
+# Small images train a small network in a minute; everything else uses the model's own size.
+IMAGE_SIZES = {"digits": 32, "fashion_mnist": 32}
+
+
+@dataclass
+class ScriptArguments:
+    model: str = field(metadata={"help": "timm/NAME, a Hugging Face id, or a folder with a model or a config.json"})
+    dataset: str = field(
+        default="digits",
+        metadata={"help": "digits (embedded), fashion_mnist, a folder of images, a parquet file, or a Hub dataset"},
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "a trained model to distil from; otherwise one is fine-tuned first"}
+    )
+    image_size: int | None = field(default=None, metadata={"help": "side in pixels; default: per model and dataset"})
+    model_args: str = field(default="{}", metadata={"help": 'JSON arguments of the architecture: {"patch_size": 4}'})
+    augment: str | None = field(
+        default=None, metadata={"help": "none, crop or crop-flip; default: crop for digits, else crop-flip"}
+    )
+    max_train_images: int | None = field(default=None, metadata={"help": "use so many training images"})
+    max_test_images: int | None = field(default=None, metadata={"help": "use so many test images"})
+    validation_fraction: float = field(
+        default=0.1,
+        metadata={"help": "share of the training images held out, unlabelled, to choose the best checkpoint; 0: none"},
+    )
+    teacher_epochs: float = field(default=10.0, metadata={"help": "epochs to fine-tune a teacher"})
+    teacher_learning_rate: float = field(default=1e-3, metadata={"help": "learning rate to fine-tune a teacher"})
+    num_threads: int | None = field(default=None, metadata={"help": "threads that torch uses on a CPU"})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "write into a folder that is not empty"})
+
+
+@dataclass
+class QuantizationArguments:
+    quantizer: str = field(default="lsq", metadata={"help": "dorefa, ewgs, lsq, lsq+ or pact"})
+    weight_bits: str = field(default="2", metadata={"help": "1 to 8"})
+    activation_bits: str = field(default="2", metadata={"help": "1 to 8, or none for float"})
+    first_last_bits: str = field(default="8", metadata={"help": "1 to 8, or none for full precision as in the paper"})
+    per_channel: bool = field(default=True, metadata={"help": "one weight range per output channel"})
+    integer_zero_point: bool = field(default=True, metadata={"help": "keep zero exactly on the activations' grid"})
+    overrides: str = field(default="{}", metadata={"help": 'JSON: {"layer4": {"weight_bits": 4}}'})
+    modules_to_not_convert: list[str] = field(default_factory=list, metadata={"help": "name patterns left in float"})
+    quantizer_kwargs: str = field(default="{}", metadata={"help": 'JSON options of the quantizer: {"delta": 0.01}'})
+
+    def to_config(self) -> QuantizationConfig:
+        options = asdict(self)
+        for name in ("weight_bits", "activation_bits", "first_last_bits"):
+            text = options[name]
+            options[name] = None if text.lower() == "none" else int(text) if text.isdecimal() else text
+        for name in ("overrides", "quantizer_kwargs"):
+            options[name] = parse_json(name, options[name])
+        return QuantizationConfig(**options)
+
+
+@dataclass
+class DistillationArguments(SQAKDTrainingArguments):
+    output_dir: str = field(default="sqakd-output", metadata={"help": "folder for student, results and checkpoints"})
+    num_train_epochs: float = field(default=10.0, metadata={"help": "epochs of distillation"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "learning rate of the student's weights"})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "training batch of each process"})
+    per_device_eval_batch_size: int = field(default=128, metadata={"help": "evaluation batch of each process"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})
+    logging_strategy: str = field(default="epoch", metadata={"help": "when to log"})
+    save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints to keep beside the best"})
+    report_to: str = field(default="none", metadata={"help": "experiment tracker"})
+
+
+def main() -> None:
+    parser = HfArgumentParser((ScriptArguments, QuantizationArguments, DistillationArguments))
+    script, quantization, args = parser.parse_args_into_dataclasses()
+    set_up_logging(args)
+    check_output_folder(script, args)
+    if script.num_threads:
+        torch.set_num_threads(script.num_threads)
+    config = quantization.to_config()
+    output = Path(args.output_dir)
+
+    data = load_image_data(
+        script.dataset,
+        max_train_images=script.max_train_images,
+        max_test_images=script.max_test_images,
+        seed=args.seed,
+    )
+    train, holdout = data.train, None
+    if script.validation_fraction:
+        train, holdout = split_holdout(data.train, script.validation_fraction, args.seed)
+        args.eval_strategy = args.save_strategy = "epoch"
+        args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better = True, "eval_loss", False
+
+    set_seed(args.seed)
+    teacher, is_trained = get_teacher(script, data)
+    transform = image_transform(script, teacher)
+    plain, augmented = transform(augment="none"), transform(augment=augmentation(script))
+    train, test = train.with_transform(augmented), data.test.with_transform(plain)
+    if not is_trained:
+        train_teacher(teacher, train, script, args)
+    results = {"teacher": {"accuracy": accuracy(teacher, test, args, data), "agreement": 1.0, "kl": 0.0}}
+
+    student = copy.deepcopy(teacher)
+    plan = quantize_model(student, config)
+    interrupt = InterruptCallback()
+    trainer = SQAKDTrainer(
+        student,
+        teacher,
+        args,
+        train_dataset=train,
+        eval_dataset=None if holdout is None else holdout.with_transform(plain),
+        callbacks=[interrupt],
+    )
+    trainer.calibrate()
+    if trainer.is_world_process_zero():
+        print(student.quantization_plan, flush=True)
+    results["calibrated"] = evaluate(trainer, test)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if interrupt.interrupted:
+        raise KeyboardInterrupt
+    results["student"] = evaluate(trainer, test)
+
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        plot_learning_curve(
+            trainer.state.log_history,
+            output / "learning_curve.png",
+            f"{script.model} {plan.bits()} {config.quantizer}",
+        )
+        results["arguments"] = {**asdict(script), **config.to_dict(), "training": json.loads(args.to_json_string())}
+        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        print(f"\n{results_table(results, plan)}\n\nStudent, results.json and learning_curve.png are in {output}.")
+
+
+def get_teacher(script: ScriptArguments, data: ImageData) -> tuple[PreTrainedModel, bool]:
+    """Return the teacher, and whether it is trained on these classes already."""
+    if script.teacher is not None:
+        return load_teacher(script.teacher), True
+    if data.class_names is None:
+        raise InputError(
+            f"The images of {script.dataset!r} have no labels to train a teacher with. Pass --teacher with a trained model."
+        )
+    classes, model_args = len(data.class_names), parse_json("model_args", script.model_args)
+    try:
+        if model_args:
+            raise WeightsNotFoundError("--model_args change the architecture.")
+        model = load_teacher(script.model, num_labels=classes)
+    except WeightsNotFoundError as error:
+        size = script.image_size or IMAGE_SIZES.get(script.dataset)
+        model = build_model(script.model, classes, size, model_args)
+        logger.warning("The teacher starts from random weights. %s", error)
+    model.config.id2label = dict(enumerate(data.class_names))
+    model.config.label2id = {name: index for index, name in enumerate(data.class_names)}
+    return model, False
+
+
+def image_transform(script: ScriptArguments, model: PreTrainedModel):
+    """Return a function from augmentation to the model's `ImageTransform`."""
+    expected = preprocessing(model)
+    size = script.image_size or expected.image_size
+    if script.image_size is None and script.dataset in IMAGE_SIZES and not expected.fixed_size:
+        size = IMAGE_SIZES[script.dataset]
+    crop_pct = expected.crop_pct if script.dataset not in IMAGE_SIZES else 1.0
+
+    def make(augment: str) -> ImageTransform:
+        return ImageTransform(
+            size,
+            expected.mean,
+            expected.std,
+            crop_pct=crop_pct,
+            interpolation=expected.interpolation,
+            augment=augment,
+        )
+
+    return make
+
+
+def augmentation(script: ScriptArguments) -> str:
+    # A mirrored digit is another sign.
+    return script.augment or ("crop" if script.dataset == "digits" else "crop-flip")
+
+
+def train_teacher(teacher: PreTrainedModel, train, script: ScriptArguments, args: DistillationArguments) -> None:
+    """Fine-tune the teacher in place, with labels, and save it."""
+    logger.info("Fine-tuning the teacher on labelled images (ordinary supervised training).")
+    interrupt = InterruptCallback()
+    teacher_args = TrainingArguments(
+        output_dir=os.path.join(args.output_dir, "teacher"),
+        num_train_epochs=script.teacher_epochs,
+        max_steps=args.max_steps,
+        learning_rate=script.teacher_learning_rate,
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        weight_decay=0.01,
+        logging_strategy="epoch",
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        seed=args.seed,
+        use_cpu=args.use_cpu,
+        bf16=args.bf16,
+        fp16=args.fp16,
+        disable_tqdm=args.disable_tqdm,
+    )
+    trainer = Trainer(teacher, teacher_args, train_dataset=train, data_collator=ImageCollator(), callbacks=[interrupt])
+    trainer.train()
+    if interrupt.interrupted:
+        raise KeyboardInterrupt
+    trainer.save_model()
+
+
+def accuracy(model: PreTrainedModel, test, args: DistillationArguments, data: ImageData) -> float | None:
+    """Return the model's accuracy on the test images, or `None` where they have no labels."""
+    if data.class_names is None:
+        return None
+    eval_args = TrainingArguments(
+        output_dir=args.output_dir,
+        per_device_eval_batch_size=args.per_device_eval_batch_size,
+        remove_unused_columns=False,
+        report_to="none",
+        use_cpu=args.use_cpu,
+        disable_tqdm=args.disable_tqdm,
+    )
+    output = Trainer(model, eval_args, data_collator=ImageCollator()).predict(test)
+    return TopKAccuracy().compute(predictions=output.predictions, references=output.label_ids)["top1_accuracy"]
+
+
+def evaluate(trainer: SQAKDTrainer, test) -> dict[str, float | None]:
+    metrics = trainer.evaluate(test, metric_key_prefix="test")
+    return {
+        name: metrics.get(f"test_{key}")
+        for name, key in (*[(m, m) for m in ("accuracy", "agreement")], ("kl", "loss"))
+    }
+
+
+def parse_json(name: str, text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"--{name} must be a JSON object, got {text!r} ({error}).") from error
+    if not isinstance(value, dict):
+        raise InputError(f"--{name} must be a JSON object, got {text!r}.")
+    return value
+
+
+def check_output_folder(script: ScriptArguments, args: DistillationArguments) -> None:
+    folder = Path(args.output_dir)
+    if args.resume_from_checkpoint or script.overwrite_output_dir:
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(
+            f"The output folder {args.output_dir!r} is not empty. Pass --overwrite_output_dir to write into it, "
+            "--resume_from_checkpoint to go on with its run, or another --output_dir."
+        )
+
+
+def set_up_logging(args: DistillationArguments) -> None:
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    level = logging.INFO if args.process_index == 0 else logging.ERROR
+    for name in ("run_sqakd", "sqakd_hf"):
+        logging.getLogger(name).setLevel(level)
+    if args.process_index != 0:
+        transformers.utils.logging.set_verbosity_error()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted. Run the same command with --resume_from_checkpoint to go on from the last checkpoint.")
