@@ -45,6 +45,7 @@ from sqakd_hf.report import plot_learning_curve, results_table
 
 logger = logging.getLogger("run_sqakd")
 
+RESULT_KEYS = {"accuracy": "accuracy", "agreement": "agreement", "kl": "loss"}
 # Small images train a small network in a minute; everything else uses the model's own size.
 IMAGE_SIZES = {"digits": 32, "fashion_mnist": 32}
 
@@ -62,7 +63,8 @@ class ScriptArguments:
     image_size: int | None = field(default=None, metadata={"help": "side in pixels; default: per model and dataset"})
     model_args: str = field(default="{}", metadata={"help": 'JSON arguments of the architecture: {"patch_size": 4}'})
     augment: str | None = field(
-        default=None, metadata={"help": "none, crop or crop-flip; default: crop for digits, else crop-flip"}
+        default=None,
+        metadata={"help": "none, crop or crop-flip; default: none for digits and fashion_mnist, else crop-flip"},
     )
     max_train_images: int | None = field(default=None, metadata={"help": "use so many training images"})
     max_test_images: int | None = field(default=None, metadata={"help": "use so many test images"})
@@ -70,7 +72,7 @@ class ScriptArguments:
         default=0.1,
         metadata={"help": "share of the training images held out, unlabelled, to choose the best checkpoint; 0: none"},
     )
-    teacher_epochs: float = field(default=10.0, metadata={"help": "epochs to fine-tune a teacher"})
+    teacher_epochs: float = field(default=8.0, metadata={"help": "epochs to fine-tune a teacher"})
     teacher_learning_rate: float = field(default=1e-3, metadata={"help": "learning rate to fine-tune a teacher"})
     num_threads: int | None = field(default=None, metadata={"help": "threads that torch uses on a CPU"})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "write into a folder that is not empty"})
@@ -101,7 +103,7 @@ class QuantizationArguments:
 @dataclass
 class DistillationArguments(SQAKDTrainingArguments):
     output_dir: str = field(default="sqakd-output", metadata={"help": "folder for student, results and checkpoints"})
-    num_train_epochs: float = field(default=10.0, metadata={"help": "epochs of distillation"})
+    num_train_epochs: float = field(default=6.0, metadata={"help": "epochs of distillation"})
     learning_rate: float = field(default=1e-3, metadata={"help": "learning rate of the student's weights"})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "training batch of each process"})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "evaluation batch of each process"})
@@ -109,6 +111,9 @@ class DistillationArguments(SQAKDTrainingArguments):
     logging_strategy: str = field(default="epoch", metadata={"help": "when to log"})
     save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints to keep beside the best"})
     report_to: str = field(default="none", metadata={"help": "experiment tracker"})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "pin memory for faster transfers to a GPU"}
+    )
 
 
 def main() -> None:
@@ -136,7 +141,9 @@ def main() -> None:
     set_seed(args.seed)
     teacher, is_trained = get_teacher(script, data)
     transform = image_transform(script, teacher)
-    plain, augmented = transform(augment="none"), transform(augment=augmentation(script))
+    # Small centred pictures gain nothing from cropping in a few epochs, and a mirrored digit is another sign.
+    augment = script.augment or ("none" if script.dataset in IMAGE_SIZES else "crop-flip")
+    plain, augmented = transform("none"), transform(augment)
     train, test = train.with_transform(augmented), data.test.with_transform(plain)
     if not is_trained:
         train_teacher(teacher, train, script, args)
@@ -167,7 +174,7 @@ def main() -> None:
         plot_learning_curve(
             trainer.state.log_history,
             output / "learning_curve.png",
-            f"{script.model} {plan.bits()} {config.quantizer}",
+            f"{script.model}, {plan.bits()}, {config.quantizer}",
         )
         results["arguments"] = {**asdict(script), **config.to_dict(), "training": json.loads(args.to_json_string())}
         (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -180,7 +187,8 @@ def get_teacher(script: ScriptArguments, data: ImageData) -> tuple[PreTrainedMod
         return load_teacher(script.teacher), True
     if data.class_names is None:
         raise InputError(
-            f"The images of {script.dataset!r} have no labels to train a teacher with. Pass --teacher with a trained model."
+            f"The images of {script.dataset!r} have no labels to train a teacher with. "
+            "Pass --teacher with a trained model."
         )
     classes, model_args = len(data.class_names), parse_json("model_args", script.model_args)
     try:
@@ -217,11 +225,6 @@ def image_transform(script: ScriptArguments, model: PreTrainedModel):
     return make
 
 
-def augmentation(script: ScriptArguments) -> str:
-    # A mirrored digit is another sign.
-    return script.augment or ("crop" if script.dataset == "digits" else "crop-flip")
-
-
 def train_teacher(teacher: PreTrainedModel, train, script: ScriptArguments, args: DistillationArguments) -> None:
     """Fine-tune the teacher in place, with labels, and save it."""
     logger.info("Fine-tuning the teacher on labelled images (ordinary supervised training).")
@@ -237,19 +240,19 @@ def train_teacher(teacher: PreTrainedModel, train, script: ScriptArguments, args
         weight_decay=0.01,
         logging_strategy="epoch",
         save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
-        seed=args.seed,
-        use_cpu=args.use_cpu,
-        bf16=args.bf16,
-        fp16=args.fp16,
-        disable_tqdm=args.disable_tqdm,
+        **shared_arguments(args),
     )
     trainer = Trainer(teacher, teacher_args, train_dataset=train, data_collator=ImageCollator(), callbacks=[interrupt])
     trainer.train()
     if interrupt.interrupted:
         raise KeyboardInterrupt
     trainer.save_model()
+
+
+def shared_arguments(args: DistillationArguments) -> dict:
+    """Return what the teacher's Trainer takes over from the student's."""
+    names = ("seed", "use_cpu", "bf16", "fp16", "disable_tqdm", "dataloader_pin_memory", "dataloader_num_workers")
+    return {name: getattr(args, name) for name in names} | {"remove_unused_columns": False, "report_to": "none"}
 
 
 def accuracy(model: PreTrainedModel, test, args: DistillationArguments, data: ImageData) -> float | None:
@@ -259,21 +262,16 @@ def accuracy(model: PreTrainedModel, test, args: DistillationArguments, data: Im
     eval_args = TrainingArguments(
         output_dir=args.output_dir,
         per_device_eval_batch_size=args.per_device_eval_batch_size,
-        remove_unused_columns=False,
-        report_to="none",
-        use_cpu=args.use_cpu,
-        disable_tqdm=args.disable_tqdm,
+        **shared_arguments(args),
     )
     output = Trainer(model, eval_args, data_collator=ImageCollator()).predict(test)
     return TopKAccuracy().compute(predictions=output.predictions, references=output.label_ids)["top1_accuracy"]
 
 
 def evaluate(trainer: SQAKDTrainer, test) -> dict[str, float | None]:
+    """Return accuracy (`None` without labels), agreement with the teacher and KL on the test images."""
     metrics = trainer.evaluate(test, metric_key_prefix="test")
-    return {
-        name: metrics.get(f"test_{key}")
-        for name, key in (*[(m, m) for m in ("accuracy", "agreement")], ("kl", "loss"))
-    }
+    return {name: metrics.get(f"test_{key}") for name, key in RESULT_KEYS.items()}
 
 
 def parse_json(name: str, text: str) -> dict:
@@ -298,10 +296,10 @@ def check_output_folder(script: ScriptArguments, args: DistillationArguments) ->
 
 
 def set_up_logging(args: DistillationArguments) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    level = logging.INFO if args.process_index == 0 else logging.ERROR
+    handler = logging.StreamHandler()
     for name in ("run_sqakd", "sqakd_hf"):
-        logging.getLogger(name).setLevel(level)
+        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
     if args.process_index != 0:
         transformers.utils.logging.set_verbosity_error()
 

@@ -92,35 +92,38 @@ def calibrate_model(
     model: nn.Module,
     batches: Iterable[torch.Tensor | Mapping[str, Any]],
     *,
-    reestimate_batch_norm: bool = True,
+    reestimate_batch_norm: bool = False,
     disable_progress: bool = False,
 ) -> None:
-    """Set all ranges of a quantized `model` from data, in place, and re-estimate its BatchNorm statistics.
+    """Set all ranges of a quantized `model` from data, in place.
 
     Weights: each quantizer's `init_range`. Activations: layer by layer in the order of execution, each on inputs that
     passed the quantized layers before it, and averaged over the batches; an input that is never negative gets
-    unsigned codes. BatchNorm: the float network's running statistics are wrong behind quantized layers, so ranges
-    are set under batch statistics, and a second pass replaces running mean and variance by their average over the
-    batches. `reestimate_batch_norm=False` keeps the float network's statistics throughout. All else (dropout,
-    stochastic depth) is in eval mode. The model's own train/eval mode is restored.
+    unsigned codes.
+
+    BatchNorm: while ranges are set, it normalises by the batch, as it will in training. Its running statistics stay
+    those of the float network, which is what "calibrated only" usually means; training updates them.
+    `reestimate_batch_norm=True` replaces them, in a second pass, by the average over the batches: a much stronger
+    student without any training.
+
+    All else (dropout, stochastic depth) is in eval mode. The model's own train/eval mode is restored.
 
     Args:
         model (`nn.Module`): A model after [`quantize_model`].
         batches (`Iterable`): Images as tensors `(B, C, H, W)`, or dicts with `pixel_values`; without labels. A few
-            hundred images are enough. Read twice: an iterator is kept in memory.
-        reestimate_batch_norm (`bool`, *optional*, defaults to `True`): See above.
+            hundred images are enough. An iterator is kept in memory.
+        reestimate_batch_norm (`bool`, *optional*, defaults to `False`): See above.
         disable_progress (`bool`, *optional*, defaults to `False`): Show no progress bar.
 
     Raises:
-        `InputError`: No batch, a layer whose input is not finite, or a planned layer that the data never reached. The
-            message names the layers.
+        `InputError`: No batch, a batch of one image where BatchNorm needs more, a layer whose input is not finite, or
+            a planned layer that the data never reached. The message names the layers.
     """
     layers = quantized_layers(model)
     if not layers:
         raise InputError("The model has no quantized layer. Call quantize_model(model, config) first.")
     batches = list(batches) if isinstance(batches, Iterator) else batches
     batch_norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    reestimate = reestimate_batch_norm and bool(batch_norms)
     was_training = {module: module.training for module in model.modules()}
     bar = tqdm(desc="Calibrating", unit="batch", disable=disable_progress, leave=False)
     try:
@@ -132,8 +135,7 @@ def calibrate_model(
         with contextlib.ExitStack() as stack:
             for calibrator in calibrators.values():
                 stack.enter_context(calibrator)
-            if reestimate:
-                stack.enter_context(_batch_statistics(batch_norms))
+            stack.enter_context(_batch_statistics(batch_norms, keep_running=True))
             _feed(model, batches, bar)
         missed = [name for name, calibrator in calibrators.items() if not calibrator.calls]
         if missed:
@@ -141,10 +143,8 @@ def calibrate_model(
                 f"Calibration never reached {', '.join(missed)}: the model computes without calling these layers, or "
                 "only uses them in training. List them in modules_to_not_convert."
             )
-        if reestimate:
-            with _batch_statistics(batch_norms):
-                for batch_norm in batch_norms:
-                    batch_norm.reset_running_stats()
+        if reestimate_batch_norm:
+            with _batch_statistics(batch_norms, keep_running=False):
                 _feed(model, batches, bar)
     finally:
         bar.close()
@@ -156,7 +156,7 @@ def calibrate_model(
     constant = [name for name, calibrator in calibrators.items() if calibrator.constant]
     if constant:
         logger.warning(
-            "The input of %s was constant during calibration: dead units, or data unlike what the model was trained on.",
+            "The input of %s was constant during calibration: dead units, or data unlike the training data.",
             ", ".join(constant),
         )
 
@@ -207,18 +207,24 @@ def _require_finite(x: torch.Tensor, what: str) -> None:
 
 
 @contextlib.contextmanager
-def _batch_statistics(batch_norms: list[nn.Module]) -> Iterator[None]:
-    """Let BatchNorm layers normalise by the batch and keep the plain average of what they saw."""
+def _batch_statistics(batch_norms: list[nn.Module], keep_running: bool) -> Iterator[None]:
+    """Let BatchNorm layers normalise by the batch; their running statistics stay, or become the plain average."""
     momenta = [module.momentum for module in batch_norms]
+    running = [{name: buffer.clone() for name, buffer in module.named_buffers()} for module in batch_norms]
     for module in batch_norms:
         module.train()
-        module.momentum = None
+        if not keep_running and module.track_running_stats:
+            module.reset_running_stats()
+            module.momentum = None
     try:
         yield
     finally:
-        for module, momentum in zip(batch_norms, momenta, strict=True):
+        for module, momentum, buffers in zip(batch_norms, momenta, running, strict=True):
             module.eval()
             module.momentum = momentum
+            if keep_running:
+                for name, buffer in module.named_buffers():
+                    buffer.copy_(buffers[name])
 
 
 def _feed(model: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, Any]], bar: tqdm) -> None:
@@ -226,6 +232,10 @@ def _feed(model: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, Any]],
     device = next(model.parameters()).device
     for batch in batches:
         pixel_values = batch["pixel_values"] if isinstance(batch, Mapping) else batch
+        if len(pixel_values) < 2 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+            raise InputError(
+                "Calibration got a batch of one image, but BatchNorm needs two or more. Use larger batches."
+            )
         forward_logits(model, pixel_values.to(device))
         bar.update()
         empty = False
@@ -234,7 +244,7 @@ def _feed(model: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, Any]],
 
 
 def forward_logits(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Run `model` on images `(B, C, H, W)` and return its logits, `(B, K)`, for timm's and transformers' conventions."""
+    """Run `model`, timm's or transformers' kind, on images `(B, C, H, W)` and return its logits `(B, K)`."""
     outputs = model(pixel_values=pixel_values) if _takes_keyword(model) else model(pixel_values)
     if isinstance(outputs, torch.Tensor):
         return outputs

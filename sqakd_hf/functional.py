@@ -1,4 +1,4 @@
-"""The unified quantizer: clip, normalise, round, de-normalise, and its straight-through or element-wise scaled gradient.
+"""The unified quantizer: clip, normalise, round, de-normalise, with a straight-through or scaled gradient.
 
 One affine map serves every quantizer: `value = (code - zero_point) * scale` with integer codes `0 ... levels - 1`.
 Arithmetic is ordered so that no compiler can contract it (`x / scale + zero_point`, `(code - zero_point) * scale`):
@@ -16,7 +16,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Below this size a compiled kernel saves less than compiling it costs; on a GPU launches dominate, so always fuse there.
+# Below this size a compiled kernel saves less than compiling it costs. On a GPU launches dominate: always fuse there.
 _MIN_FUSED_NUMEL = 1 << 15
 # The narrowest range: keeps `scale` positive and `1 / scale` finite in float32.
 MIN_RANGE = 1e-6
@@ -82,7 +82,8 @@ def fake_quantize(
         dL/dx = g * kappa     dL/dupper = sum g * (x_q - kappa * x_n)     dL/dlower = sum g * (1 - kappa) - dL/dupper
 
     `delta=0` is the straight-through estimator, `delta > 0` the element-wise gradient scaling of
-    [EWGS](https://huggingface.co/papers/2104.00903); SQAKD writes the same as `g + mu * (x_n - x_q)`, `mu = delta * |g|`.
+    [EWGS](https://huggingface.co/papers/2104.00903). SQAKD writes the same as `g + mu * (x_n - x_q)` with
+    `mu = delta * |g|`.
 
     Args:
         x (`torch.Tensor`): Any shape; floating point. Arithmetic runs in the wider of its dtype and the grid's.

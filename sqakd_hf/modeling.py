@@ -1,10 +1,12 @@
 """Float models by name: `timm/NAME`, a Hugging Face id, or a folder."""
 
+import functools
 import logging
 import os
 from dataclasses import dataclass
 from typing import Any
 
+import huggingface_hub
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
@@ -39,7 +41,8 @@ def load_teacher(name: str, num_labels: int | None = None, **kwargs: Any) -> Pre
     """
     source = resolve_name(name)
     try:
-        config = AutoConfig.from_pretrained(source)
+        offline = not os.path.isdir(source) and not hub_is_reachable()
+        config = AutoConfig.from_pretrained(source, local_files_only=offline)
         if isinstance(config, TimmWrapperConfig):
             config.model_args = {
                 key: value for key, value in (config.model_args or {}).items() if key not in _STATED_BY_WRAPPER
@@ -49,7 +52,9 @@ def load_teacher(name: str, num_labels: int | None = None, **kwargs: Any) -> Pre
             config.id2label = {index: f"LABEL_{index}" for index in range(num_labels)}
             config.label2id = {label: index for index, label in config.id2label.items()}
             kwargs["ignore_mismatched_sizes"] = True
-        return AutoModelForImageClassification.from_pretrained(source, config=config, **kwargs)
+        return AutoModelForImageClassification.from_pretrained(
+            source, config=config, local_files_only=offline, **kwargs
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         where = "The folder" if os.path.isdir(source) else "Neither the Hub nor the local cache"
@@ -94,7 +99,8 @@ def build_model(
         )
     else:
         try:
-            config = AutoConfig.from_pretrained(name, num_labels=num_labels)
+            offline = not os.path.isdir(name) and not hub_is_reachable()
+            config = AutoConfig.from_pretrained(name, num_labels=num_labels, local_files_only=offline)
         except (OSError, ValueError) as error:
             raise InputError(_unknown(name, str(error).strip().splitlines()[0])) from error
         if image_size is not None and hasattr(config, "image_size"):
@@ -107,6 +113,18 @@ def build_model(
         return AutoModelForImageClassification.from_config(config)
     except (TypeError, ValueError, AssertionError) as error:
         raise InputError(f"{name!r} can't be built with {model_args or 'these arguments'}: {error}") from error
+
+
+@functools.cache
+def hub_is_reachable() -> bool:
+    """Tell whether the Hub answers, by one quick request; without it every file costs half a minute of retries."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception:  # whichever HTTP library the client is built on, each with its own types
+        return False
+    return True
 
 
 def resolve_name(name: str) -> str:

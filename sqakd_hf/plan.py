@@ -1,4 +1,4 @@
-"""The plan: which layer gets which bits, by which quantizer, or why it stays in float. Plain data, made before any change."""
+"""The plan, made before any change: which layer gets which bits, by which quantizer, or why it stays in float."""
 
 from collections import Counter
 from collections.abc import Iterator

@@ -102,7 +102,7 @@ class SQAKDTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def calibrate(self) -> None:
-        """Set the student's ranges from the first `args.calibration_images` of the training set, see [`calibrate_model`].
+        """Set the student's ranges by [`calibrate_model`], from the first `args.calibration_images` training images.
 
         Every process reads the same images, so that all hold the same ranges.
         """

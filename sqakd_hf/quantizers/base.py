@@ -15,9 +15,9 @@ ROLES = ("weight", "activation")
 class FakeQuantizer(nn.Module):
     """Map a tensor to the values that `bits`-bit integer codes can represent, with a gradient that trains through it.
 
-    A subclass says where its range lies: [`init_range`] sets it from data, [`clip_range`] returns its two ends with the
-    gradients that the method defines. Codes, values, packing and saving follow from these. Subclasses may also
-    override [`transform`] (a map before the range, as DoReFa's tanh) and [`grid`] (where the ends alone do not fix it).
+    A subclass says where its range lies: [`init_range`] sets it from data, [`clip_range`] returns its two ends with
+    the gradients that the method defines. Codes, values and state follow from these. Subclasses may also override
+    [`transform`] (a map before the range, as DoReFa's tanh) and [`grid`] (where the ends alone do not fix it).
 
     Ranges are 1-D float32 (`(1,)`, or `(channels,)` with `channel_axis`), stay float32 under `.to(dtype)` and
     autocast, and hold NaN until they are set.
@@ -29,7 +29,8 @@ class FakeQuantizer(nn.Module):
             [`~sqakd_hf.calibrate_model`] decide from the data it sees (signed until then).
         channel_axis (`int`, *optional*): Axis with one range per index; `None` for one range in all.
         num_channels (`int`, *optional*, defaults to 1): Length of that axis; `init_range` adapts it to its data.
-        delta (`float`, *optional*, defaults to 0.0): Element-wise gradient scaling, non-negative; 0 is straight-through.
+        delta (`float`, *optional*, defaults to 0.0): Element-wise gradient scaling, 0 for the straight-through
+            estimator.
         integer_zero_point (`bool`, *optional*, defaults to `True`): Keep zero exactly on the grid of activations;
             `False` is the papers' free range. Weights and 1-bit signed activations keep their symmetric grid.
     """
@@ -218,7 +219,7 @@ class FakeQuantizer(nn.Module):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Bring what is derived from the tensors (signedness, whether calibrated) up to date after they were loaded."""
+        """Bring what derives from the tensors (signedness, whether calibrated) up to date after they were loaded."""
         self._signed = bool(self.signed_flag.item())
         tensors = self.range_tensors().values()
         self.num_channels = max((tensor.numel() for tensor in tensors), default=1)
