@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from sqakd_hf import (
     ImageCollator,
@@ -121,6 +122,15 @@ def main() -> None:
     script, quantization, args = parser.parse_args_into_dataclasses()
     set_up_logging(args)
     check_output_folder(script, args)
+    try:
+        distil(script, quantization, args)
+    except KeyboardInterrupt:
+        last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        way_on = "--resume_from_checkpoint last to go on" if last else "--overwrite_output_dir to start again"
+        sys.exit(f"\nInterrupted{f', saved {last}' if last else ''}. Run the same command with {way_on}.")
+
+
+def distil(script: ScriptArguments, quantization: QuantizationArguments, args: DistillationArguments) -> None:
     if script.num_threads:
         torch.set_num_threads(script.num_threads)
     config = quantization.to_config()
@@ -139,7 +149,7 @@ def main() -> None:
         args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better = True, "eval_loss", False
 
     set_seed(args.seed)
-    teacher, is_trained = get_teacher(script, data)
+    teacher, is_trained = get_teacher(script, args, data)
     transform = image_transform(script, teacher)
     # Small centred pictures gain nothing from cropping in a few epochs, and a mirrored digit is another sign.
     augment = script.augment or ("none" if script.dataset in IMAGE_SIZES else "crop-flip")
@@ -181,8 +191,10 @@ def main() -> None:
         print(f"\n{results_table(results, plan)}\n\nStudent, results.json and learning_curve.png are in {output}.")
 
 
-def get_teacher(script: ScriptArguments, data: ImageData) -> tuple[PreTrainedModel, bool]:
+def get_teacher(script: ScriptArguments, args: DistillationArguments, data: ImageData) -> tuple[PreTrainedModel, bool]:
     """Return the teacher, and whether it is trained on these classes already."""
+    if args.resume_from_checkpoint and script.teacher is None:
+        return load_teacher(teacher_folder(args)), True
     if script.teacher is not None:
         return load_teacher(script.teacher), True
     if data.class_names is None:
@@ -230,7 +242,7 @@ def train_teacher(teacher: PreTrainedModel, train, script: ScriptArguments, args
     logger.info("Fine-tuning the teacher on labelled images (ordinary supervised training).")
     interrupt = InterruptCallback()
     teacher_args = TrainingArguments(
-        output_dir=os.path.join(args.output_dir, "teacher"),
+        output_dir=teacher_folder(args),
         num_train_epochs=script.teacher_epochs,
         max_steps=args.max_steps,
         learning_rate=script.teacher_learning_rate,
@@ -284,14 +296,22 @@ def parse_json(name: str, text: str) -> dict:
     return value
 
 
+def teacher_folder(args: DistillationArguments) -> str:
+    return os.path.join(args.output_dir, "teacher")
+
+
 def check_output_folder(script: ScriptArguments, args: DistillationArguments) -> None:
     folder = Path(args.output_dir)
+    if args.resume_from_checkpoint == "last":
+        args.resume_from_checkpoint = get_last_checkpoint(args.output_dir) if folder.is_dir() else None
+        if args.resume_from_checkpoint is None:
+            raise InputError(f"There is no checkpoint in {args.output_dir!r} to resume from. Start the run anew.")
     if args.resume_from_checkpoint or script.overwrite_output_dir:
         return
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(
             f"The output folder {args.output_dir!r} is not empty. Pass --overwrite_output_dir to write into it, "
-            "--resume_from_checkpoint to go on with its run, or another --output_dir."
+            "--resume_from_checkpoint last to go on with its run, or another --output_dir."
         )
 
 
@@ -309,5 +329,3 @@ if __name__ == "__main__":
         main()
     except InputError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. Run the same command with --resume_from_checkpoint to go on from the last checkpoint.")

@@ -15,12 +15,13 @@ from .quantizers import FakeQuantizer, create_quantizer, list_quantizers, regist
 
 if TYPE_CHECKING:
     from .collator import ImageCollator
-    from .data import ImageData, ImageTransform, load_image_data, split_holdout
+    from .data import ImageData, load_image_data, split_holdout
     from .interrupt import InterruptCallback
     from .metrics import TeacherAgreement, TeacherDivergence, TopKAccuracy
     from .modeling import WeightsNotFoundError, build_model, load_teacher
     from .trainer import SQAKDTrainer
     from .training_args import SQAKDTrainingArguments
+    from .transforms import ImageTransform
 
 __version__ = "0.1.0.dev0"
 
@@ -62,7 +63,6 @@ __all__ = [
 _LAZY = {
     "ImageCollator": "collator",
     "ImageData": "data",
-    "ImageTransform": "data",
     "load_image_data": "data",
     "split_holdout": "data",
     "InterruptCallback": "interrupt",
@@ -74,6 +74,7 @@ _LAZY = {
     "load_teacher": "modeling",
     "SQAKDTrainer": "trainer",
     "SQAKDTrainingArguments": "training_args",
+    "ImageTransform": "transforms",
 }
 
 

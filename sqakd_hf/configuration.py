@@ -173,7 +173,7 @@ def check_patterns(patterns: list[str], names: list[str], where: str) -> None:
     """Raise `InputError` for a pattern that matches none of the module names, with close names."""
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
-            parts = sorted({part for name in names for part in (name, name.rsplit(".", 1)[-1])})
+            parts = sorted({part for name in names for part in (name, *name.split("."))})
             close = difflib.get_close_matches(pattern, parts, n=3, cutoff=0.5)
             hint = f"close names: {', '.join(close)}" if close else f"the first layers are: {', '.join(names[:3])}"
             raise InputError(f"{where}: the pattern {pattern!r} matches no layer; {hint}.")

@@ -1,17 +1,16 @@
 """Float models by name: `timm/NAME`, a Hugging Face id, or a folder."""
 
-import functools
 import logging
 import os
 from dataclasses import dataclass
 from typing import Any
 
-import huggingface_hub
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 
 from .errors import InputError, suggest
+from .hub import hub_is_reachable
 
 
 logger = logging.getLogger(__name__)
@@ -113,18 +112,6 @@ def build_model(
         return AutoModelForImageClassification.from_config(config)
     except (TypeError, ValueError, AssertionError) as error:
         raise InputError(f"{name!r} can't be built with {model_args or 'these arguments'}: {error}") from error
-
-
-@functools.cache
-def hub_is_reachable() -> bool:
-    """Tell whether the Hub answers, by one quick request; without it every file costs half a minute of retries."""
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-    except Exception:  # whichever HTTP library the client is built on, each with its own types
-        return False
-    return True
 
 
 def resolve_name(name: str) -> str:

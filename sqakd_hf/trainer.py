@@ -67,7 +67,7 @@ class SQAKDTrainer(Trainer):
         teacher = load_teacher(teacher_model) if isinstance(teacher_model, str) else teacher_model
         if teacher is model:
             raise InputError(
-                "Student and teacher are one object. Copy the model (copy.deepcopy) before quantizing it."
+                "Student and teacher are one object. Use copy.deepcopy(model) before quantizing it."
             )
         if quantized_layers(teacher):
             raise InputError("The teacher is quantized. Pass the full-precision model.")

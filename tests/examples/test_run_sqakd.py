@@ -1,0 +1,157 @@
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import PIL.Image
+import pytest
+
+from sqakd_hf import InputError
+from tests.conftest import tiny_vit
+
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "run_sqakd.py"
+QUICK = "--max_steps 2 --max_train_images 60 --max_test_images 30 --use_cpu true --disable_tqdm true"
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Run the example's main() in this process and return its results."""
+    spec = importlib.util.spec_from_file_location("run_sqakd", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "run_sqakd", script)
+    spec.loader.exec_module(script)
+
+    def call(arguments: str, output: str = "output") -> dict:
+        folder = tmp_path / output
+        monkeypatch.setattr(sys, "argv", ["run_sqakd.py", *f"{QUICK} {arguments} --output_dir {folder}".split()])
+        script.main()
+        return json.loads((folder / "results.json").read_text())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def vit_folder(tmp_path_factory):
+    """A folder that holds nothing but the config of a native transformers ViT."""
+    folder = tmp_path_factory.mktemp("vit")
+    tiny_vit().config.save_pretrained(folder)
+    return folder
+
+
+class TestRun:
+    @pytest.mark.parametrize("model", ["timm/test_resnet", "timm/test_vit", "native"])
+    def test_each_kind_of_model_runs_to_its_table(self, run, vit_folder, tmp_path, capsys, model):
+        results = run(f"--model {vit_folder if model == 'native' else model}")
+
+        for key in ("teacher", "calibrated", "student"):
+            assert set(results[key]) == {"accuracy", "agreement", "kl"}
+            assert 0 <= results[key]["accuracy"] <= 1
+        assert results["teacher"]["agreement"] == 1.0 and results["teacher"]["kl"] == 0.0
+        assert results["student"]["kl"] > 0
+        assert results["arguments"]["weight_bits"] == 2
+        table = capsys.readouterr().out
+        assert "distilled student" in table and "W2A2" in table
+        output = tmp_path / "output"
+        assert PIL.Image.open(output / "learning_curve.png").width > 500
+        assert {"model.safetensors", "config.json"} <= {path.name for path in output.iterdir()}
+
+    def test_a_flat_folder_without_labels_needs_only_a_teacher(self, run, tmp_path):
+        run("--model timm/test_resnet", output="first")
+        flat = tmp_path / "flat"
+        flat.mkdir()
+        for index in range(40):
+            PIL.Image.new("RGB", (40, 36), (6 * index, 100, 255 - 6 * index)).save(flat / f"{index}.png")
+
+        with pytest.raises(InputError, match="no labels to train a teacher with. Pass --teacher"):
+            run(f"--model timm/test_resnet --dataset {flat}", output="refused")
+        assert not (tmp_path / "refused").exists()
+
+        teacher = tmp_path / "first" / "teacher"
+        results = run(
+            f"--model timm/test_resnet --dataset {flat} --teacher {teacher} --image_size 32", output="second"
+        )
+        assert results["student"]["accuracy"] is None
+        assert 0 <= results["student"]["agreement"] <= 1
+
+    def test_all_quantization_arguments_reach_the_config(self, run):
+        results = run(
+            "--model timm/test_resnet --quantizer ewgs --weight_bits 3 --activation_bits none --first_last_bits none "
+            "--per_channel false --integer_zero_point false --modules_to_not_convert layer1 "
+            '--overrides {"layer4":{"weight_bits":4}} --quantizer_kwargs {"delta":0.01} --validation_fraction 0'
+        )["arguments"]
+        assert results["quantizer"] == "ewgs" and results["weight_bits"] == 3 and results["activation_bits"] is None
+        assert results["first_last_bits"] is None and results["quantizer_kwargs"] == {"delta": 0.01}
+        assert results["overrides"] == {"layer4": {"weight_bits": 4}}
+        assert results["modules_to_not_convert"] == ["layer1"]
+        assert results["per_channel"] is False and results["integer_zero_point"] is False
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ("--model timm/resnet81", "timm has no model 'resnet81'. Did you mean 'resnet18'"),
+            ("--model timm/test_resnet --weight_bits four", "weight_bits must be an integer from 1 to 8, got 'four'"),
+            ("--model timm/test_resnet --weight_bits 2.5", "weight_bits must be an integer from 1 to 8, got '2.5'"),
+            ("--model timm/test_resnet --quantizer lsqq", "Unknown quantizer 'lsqq'; registered: .* mean 'lsq'"),
+            ("--model timm/test_resnet --dataset digit", "'digit'.*Did you mean 'digits'"),
+            ("--model timm/test_resnet --overrides nonsense", "--overrides must be a JSON object, got 'nonsense'"),
+            ("--model timm/test_resnet --validation_fraction 1.5", "fraction must lie between 0 and 1"),
+            (
+                "--model timm/test_resnet --modules_to_not_convert layr1",
+                "'layr1' matches no layer; close names: layer",
+            ),
+        ],
+        ids=lambda value: value.split()[-1] if value.startswith("--") else "",
+    )
+    def test_it_is_one_sentence(self, run, arguments, message):
+        with pytest.raises(InputError, match=message):
+            run(arguments)
+
+    def test_an_output_folder_that_is_not_empty_is_kept(self, run, tmp_path):
+        (tmp_path / "output").mkdir()
+        (tmp_path / "output" / "precious").touch()
+        with pytest.raises(InputError, match="is not empty. Pass --overwrite_output_dir"):
+            run("--model timm/test_resnet")
+        assert [path.name for path in (tmp_path / "output").iterdir()] == ["precious"]
+
+    def test_the_shell_sees_a_sentence_and_a_failure(self, tmp_path):
+        done = subprocess.run(
+            [sys.executable, SCRIPT, "--model", "timm/resnet81", "--output_dir", tmp_path / "out"],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode != 0
+        assert "error: timm has no model 'resnet81'" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+class TestInterrupt:
+    def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(self, tmp_path):
+        arguments = "--model timm/test_resnet --max_train_images 200 --max_test_images 30 --use_cpu true"
+        arguments += " --teacher_epochs 1 --num_train_epochs 300 --validation_fraction 0 --disable_tqdm true"
+        arguments += f" --logging_strategy steps --logging_steps 1 --output_dir {tmp_path}/out"
+        command = [sys.executable, "-u", str(SCRIPT), *arguments.split()]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if "'agreement'" in line:  # the student trains
+                process.send_signal(signal.SIGINT)
+                break
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode != 0
+        assert "Run the same command with --resume_from_checkpoint last to go on" in errors
+        assert "Traceback" not in errors
+        checkpoint = max((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+
+        done = subprocess.run(
+            [*command, "--resume_from_checkpoint", "last", "--max_steps", str(step + 2)],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "out" / "results.json").exists()
+        assert "starts from random weights" not in done.stderr  # the teacher of the first part goes on teaching

@@ -1,0 +1,369 @@
+import copy
+import json
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+from transformers import TrainerCallback
+
+from sqakd_hf import (
+    FakeQuantizer,
+    InputError,
+    InterruptCallback,
+    QuantizationConfig,
+    SQAKDTrainer,
+    SQAKDTrainingArguments,
+    build_model,
+    is_calibrated,
+    quantize_model,
+)
+from tests.conftest import CLASSES, IMAGE_SIZE, TinyConvNet, tiny_vit
+
+
+class Images(Dataset):
+    """Seeded noise, 24 images; labels only if asked for."""
+
+    def __init__(self, count: int = 24, size: int = IMAGE_SIZE, labelled: bool = False):
+        generator = torch.Generator().manual_seed(3)
+        self.pixels = torch.randn(count, 3, size, size, generator=generator)
+        self.labels = torch.randint(CLASSES, (count,), generator=generator).tolist() if labelled else None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> dict:
+        item = {"pixel_values": self.pixels[index]}
+        return item if self.labels is None else {**item, "label": self.labels[index]}
+
+
+class ImageStream(IterableDataset):
+    def __iter__(self):
+        return iter(Images())
+
+
+def arguments(folder, **options) -> SQAKDTrainingArguments:
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 5,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-2,
+        "calibration_images": 16,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "seed": 7,
+    }
+    return SQAKDTrainingArguments(**{**defaults, **options})
+
+
+def models(build=TinyConvNet, **config):
+    torch.manual_seed(0)
+    teacher = build()
+    student = copy.deepcopy(teacher)
+    quantize_model(student, QuantizationConfig(**config))
+    return student, teacher
+
+
+def timm_resnet():
+    return build_model("timm/test_resnet", CLASSES, image_size=32)
+
+
+def make_trainer(folder, build=TinyConvNet, config=None, callbacks=None, labelled=False, size=IMAGE_SIZE, **options):
+    student, teacher = models(build, **(config or {}))
+    data = Images(size=size, labelled=labelled)
+    return SQAKDTrainer(
+        student, teacher, arguments(folder, **options), data, Images(11, size, labelled), callbacks=callbacks
+    )
+
+
+def assert_same_state(one: nn.Module, other: nn.Module) -> None:
+    state, expected = one.state_dict(), other.state_dict()
+    assert state.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(state[name], expected[name])]
+    assert not different
+
+
+class TestTraining:
+    def test_all_parameters_of_the_student_move_and_none_of_the_teacher(self, tmp_path):
+        trainer = make_trainer(tmp_path, config={"quantizer": "ewgs"}, quantizer_learning_rate=1e-2)
+        trainer.calibrate()
+        before = copy.deepcopy(trainer.model.state_dict())
+        teacher = copy.deepcopy(trainer.teacher_model.state_dict())
+
+        trainer.train()
+
+        still = [n for n, p in trainer.model.named_parameters() if torch.equal(p, before[n])]
+        assert not still
+        assert all(torch.equal(value, teacher[name]) for name, value in trainer.teacher_model.state_dict().items())
+        assert not trainer.teacher_model.training
+        assert not any(parameter.requires_grad for parameter in trainer.teacher_model.parameters())
+
+    def test_the_loss_falls(self, tmp_path):
+        trainer = make_trainer(tmp_path, num_train_epochs=15)
+        trainer.calibrate()
+        before = trainer.evaluate(trainer.train_dataset)["eval_loss"]
+        trainer.train()
+        assert trainer.evaluate(trainer.train_dataset)["eval_loss"] < before / 2
+
+    def test_labels_change_no_bit_of_the_result(self, tmp_path):
+        results = []
+        for labelled in (True, False):
+            trainer = make_trainer(tmp_path / str(labelled), labelled=labelled, eval_strategy="epoch")
+            trainer.train()
+            results.append(trainer.model)
+        assert_same_state(*results)
+
+    def test_an_uncalibrated_student_is_calibrated_first(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        assert not is_calibrated(trainer.model)
+        trainer.train()
+        assert is_calibrated(trainer.model)
+
+    def test_accumulated_batches_train_like_one(self, tmp_path):
+        results = []
+        for batch, steps in ((8, 1), (4, 2)):
+            trainer = make_trainer(
+                tmp_path / str(batch),
+                tiny_vit,
+                optim="sgd",
+                per_device_train_batch_size=batch,
+                gradient_accumulation_steps=steps,
+                max_grad_norm=0,
+            )
+            trainer.train()
+            results.append(trainer.model.state_dict())
+        for name, value in results[0].items():
+            # Sums of the same terms in another order; a code that flips would move a weight by far more.
+            torch.testing.assert_close(value, results[1][name], rtol=1e-4, atol=1e-5, msg=name)
+
+    def test_it_trains_on_a_stream(self, tmp_path):
+        student, teacher = models()
+        trainer = SQAKDTrainer(student, teacher, arguments(tmp_path, max_steps=3), ImageStream())
+        trainer.train()
+        assert trainer.state.global_step == 3
+
+    def test_ranges_stay_float32_under_bf16(self, tmp_path):
+        trainer = make_trainer(tmp_path, bf16=True, eval_strategy="epoch")
+        trainer.train()
+        ranges = [
+            t for m in trainer.model.modules() if isinstance(m, FakeQuantizer) for t in m.range_tensors().values()
+        ]
+        assert {tensor.dtype for tensor in ranges} == {torch.float32}
+        assert all(
+            log["eval_loss"] == pytest.approx(log["eval_loss"])
+            for log in trainer.state.log_history
+            if "eval_loss" in log
+        )
+
+    def test_training_logs_the_agreement(self, tmp_path):
+        trainer = make_trainer(tmp_path, logging_steps=1)
+        trainer.train()
+        agreements = [log["agreement"] for log in trainer.state.log_history if "loss" in log]
+        assert len(agreements) == 6
+        assert all(0 <= value <= 1 for value in agreements)
+
+
+class TestOptimizer:
+    def test_ranges_have_their_own_rate_and_nothing_but_matrices_decays(self, tmp_path):
+        trainer = make_trainer(tmp_path, weight_decay=0.1, learning_rate=1e-2)
+        trainer.create_optimizer()
+        names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+        groups = [
+            ({names[id(p)] for p in group["params"]}, group["weight_decay"], group["lr"])
+            for group in trainer.optimizer.param_groups
+        ]
+        decayed, rest, ranges = groups
+        assert decayed[1:] == (0.1, 1e-2)
+        assert decayed[0] == {"stem.0.weight", "body.0.weight", "body.3.weight", "head.weight"}
+        assert rest[1:] == (0.0, 1e-2)
+        assert ranges[1:] == (0.0, 1e-4)
+        assert ranges[0] == {name for name in names.values() if "quantizer" in name}
+        assert set().union(*(group[0] for group in groups)) == set(names.values())
+
+
+class TestEvaluation:
+    def test_means_are_exact_over_an_uneven_last_batch(self, tmp_path):
+        trainer = make_trainer(tmp_path, labelled=True)
+        trainer.calibrate()
+
+        metrics = trainer.evaluate()
+
+        data = trainer.eval_dataset
+        with torch.no_grad():
+            student = trainer.model.eval()(data.pixels).double()
+            teacher = trainer.teacher_model(data.pixels).double()
+        p = (teacher / 4).softmax(1)
+        divergence = 16 * (p * (p.log() - (student / 4).log_softmax(1))).sum(1)
+        labels = torch.tensor(data.labels)
+        # The trainer's float32 log-probabilities of about 1.4 resolve 1e-7, times T² = 16.
+        assert metrics["eval_loss"] == pytest.approx(divergence.mean().item(), rel=1e-4, abs=16e-7)
+        assert metrics["eval_agreement"] == (student.argmax(1) == teacher.argmax(1)).double().mean().item()
+        assert metrics["eval_accuracy"] == (student.argmax(1) == labels).double().mean().item()
+
+    def test_it_needs_no_label(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        trainer.calibrate()
+        metrics = trainer.evaluate(metric_key_prefix="test")
+        assert {"test_loss", "test_agreement"} <= metrics.keys()
+        assert "test_accuracy" not in metrics
+
+    def test_an_uncalibrated_student_is_refused(self, tmp_path):
+        with pytest.raises(InputError, match="no ranges yet. Call trainer.calibrate"):
+            make_trainer(tmp_path).evaluate()
+
+    def test_evaluation_before_and_after_training_see_the_same_student(self, tmp_path):
+        trainer = make_trainer(tmp_path, bf16=True, num_train_epochs=1, learning_rate=0.0)
+        trainer.calibrate()
+        before = trainer.evaluate()["eval_loss"]
+        running = {n: b.clone() for n, b in trainer.model.named_buffers()}
+        trainer.train()
+        for name, buffer in trainer.model.named_buffers():
+            buffer.copy_(running[name])  # BatchNorm's statistics moved; weights did not
+        # Prepared (autocast) in both, which the teacher's own preparation must not prevent.
+        assert trainer.evaluate()["eval_loss"] == before
+
+    def test_predict_returns_the_students_logits(self, tmp_path):
+        trainer = make_trainer(tmp_path, labelled=True)
+        trainer.calibrate()
+        output = trainer.predict(trainer.eval_dataset)
+        with torch.no_grad():
+            expected = trainer.model(trainer.eval_dataset.pixels)
+        torch.testing.assert_close(torch.as_tensor(output.predictions), expected)
+        assert "test_agreement" in output.metrics
+
+    @pytest.mark.parametrize("metric", ["eval_loss", "eval_agreement"])
+    def test_the_best_checkpoint_is_chosen_without_labels(self, tmp_path, metric):
+        trainer = make_trainer(
+            tmp_path,
+            tiny_vit,
+            num_train_epochs=4,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            load_best_model_at_end=True,
+            metric_for_best_model=metric,
+        )
+        trainer.train()
+        values = [log[metric] for log in trainer.state.log_history if metric in log]
+        best = min(values) if metric == "eval_loss" else max(values)
+        assert trainer.state.best_metric == best
+        assert trainer.evaluate()[metric] == best
+
+
+@pytest.mark.parametrize(
+    ("build", "size"), [(TinyConvNet, 16), (tiny_vit, 16), (timm_resnet, 32)], ids=["module", "native-vit", "timm"]
+)
+class TestResuming:
+    def test_a_resumed_run_equals_an_uninterrupted_one(self, tmp_path, build, size):
+        options = {
+            "build": build,
+            "size": size,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "config": {"quantizer": "lsq"},
+        }
+        whole = make_trainer(tmp_path / "whole", **options)
+        whole.train()
+
+        class Kill(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step == 3:
+                    raise SystemExit  # one step after the checkpoint
+
+        first = make_trainer(tmp_path / "cut", callbacks=[Kill()], **options)
+        with pytest.raises(SystemExit):
+            first.train()
+        second = make_trainer(tmp_path / "cut", **options)
+        second.train(resume_from_checkpoint=True)
+
+        assert second.state.global_step == whole.state.global_step == 6
+        assert_same_state(second.model, whole.model)
+
+
+class TestInterrupt:
+    def test_ctrl_c_leaves_a_checkpoint_that_resumes_exactly(self, tmp_path):
+        class CtrlC(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step == 2:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        interrupt = InterruptCallback()
+        first = make_trainer(tmp_path / "cut", callbacks=[interrupt, CtrlC()])
+        handler = signal.getsignal(signal.SIGINT)
+        first.train()
+        assert interrupt.interrupted
+        assert signal.getsignal(signal.SIGINT) is handler
+        assert (tmp_path / "cut" / "checkpoint-3").is_dir()
+
+        second = make_trainer(tmp_path / "cut")
+        second.train(resume_from_checkpoint=True)
+        whole = make_trainer(tmp_path / "whole")
+        whole.train()
+        assert_same_state(second.model, whole.model)
+
+
+class TestSaving:
+    def test_arguments_are_saved_without_tokens_and_without_pickle(self, tmp_path):
+        trainer = make_trainer(tmp_path, tiny_vit, hub_token="hf_secret")
+        trainer.calibrate()
+        trainer.save_model()
+        assert not list(tmp_path.glob("*.bin"))
+        text = (tmp_path / "training_args.json").read_text()
+        assert "hf_secret" not in text
+        assert json.loads(text)["temperature"] == 4.0
+
+    def test_the_teacher_is_not_saved(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        trainer.calibrate()
+        trainer.save_model()
+        from safetensors.torch import load_file
+
+        saved = load_file(tmp_path / "model.safetensors")
+        assert saved.keys() == trainer.model.state_dict().keys()
+
+
+class TestBadInput:
+    def test_a_float_student_is_refused(self, conv_net, tmp_path):
+        with pytest.raises(InputError, match="The student is not quantized. Call quantize_model"):
+            SQAKDTrainer(conv_net, copy.deepcopy(conv_net), arguments(tmp_path))
+
+    def test_the_student_can_not_teach_itself(self, tmp_path):
+        student, _ = models()
+        with pytest.raises(InputError, match="one object. Use copy.deepcopy"):
+            SQAKDTrainer(student, student, arguments(tmp_path))
+
+    def test_a_quantized_teacher_is_refused(self, tmp_path):
+        student, _ = models()
+        with pytest.raises(InputError, match="The teacher is quantized"):
+            SQAKDTrainer(student, copy.deepcopy(student), arguments(tmp_path))
+
+    def test_another_number_of_classes_is_one_sentence(self, tmp_path):
+        student, _ = models()
+        teacher = build_model("timm/test_resnet", 7, image_size=32)
+        with pytest.raises(InputError, match=f"student has {CLASSES} classes but the teacher has 7"):
+            SQAKDTrainer(student, teacher, arguments(tmp_path))
+
+    def test_plain_training_arguments_are_refused(self, tmp_path):
+        from transformers import TrainingArguments
+
+        student, teacher = models()
+        with pytest.raises(InputError, match="args must be SQAKDTrainingArguments, got TrainingArguments"):
+            SQAKDTrainer(student, teacher, TrainingArguments(output_dir=str(tmp_path)))
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [("temperature", 0), ("temperature", -1.0), ("quantizer_learning_rate", -1.0), ("calibration_images", 0)],
+    )
+    def test_arguments_out_of_range_are_named(self, tmp_path, field, value):
+        with pytest.raises(InputError, match=f"{field} must .* got {value}"):
+            arguments(tmp_path, **{field: value})
+
+    def test_data_without_pixel_values_is_named(self, tmp_path):
+        student, teacher = models()
+        data = [{"image": 1, "label": 0}] * 8
+        with pytest.raises(InputError, match=r"columns \['image', 'label'\] but not 'pixel_values'"):
+            SQAKDTrainer(student, teacher, arguments(tmp_path), data).train()
