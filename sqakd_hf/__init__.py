@@ -7,6 +7,7 @@ from .configuration import QuantizationConfig
 from .convert import calibrate_model, is_calibrated, quantize_model, quantized_layers
 from .errors import InputError
 from .functional import fake_quantize
+from .hf_quantizer import SQAKDHfQuantizer
 from .layers import QuantizedLayer, register_quantized_layer
 from .losses import distillation_loss
 from .plan import LayerPlan, QuantizationPlan, plan_quantization
@@ -36,6 +37,7 @@ __all__ = [
     "QuantizationConfig",
     "QuantizationPlan",
     "QuantizedLayer",
+    "SQAKDHfQuantizer",
     "SQAKDTrainer",
     "SQAKDTrainingArguments",
     "TeacherAgreement",

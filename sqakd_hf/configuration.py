@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
+from torch import nn
+from transformers import PretrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import InputError, check_bits, suggest
@@ -112,6 +114,11 @@ class QuantizationConfig(QuantizationConfigMixin):
     def layer_options(self) -> dict[str, Any]:
         """Return the options that apply to a layer which no override and no first/last rule touches."""
         return {name: getattr(self, name) for name in LAYER_FIELDS}
+
+    def record(self, model: nn.Module) -> None:
+        """Write this config into the config of a transformers `model`, so that it is saved and found again."""
+        if isinstance(getattr(model, "config", None), PretrainedConfig):
+            model.config.quantization_config = self
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict of all fields."""

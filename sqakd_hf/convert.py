@@ -54,6 +54,7 @@ def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -
             if child in twins:
                 setattr(parent, name, twins[child])
     model.quantization_plan = plan
+    config.record(model)
     unsupported = [layer.name for layer in plan.skipped if "registered" in layer.skipped]
     if unsupported:
         logger.warning("Left in float, no quantized form of their type is registered: %s.", ", ".join(unsupported))

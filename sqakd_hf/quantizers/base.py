@@ -218,6 +218,14 @@ class FakeQuantizer(nn.Module):
         self.refresh()
 
     @torch.no_grad()
+    def reset(self) -> None:
+        """Forget the range: the quantizer is uncalibrated again."""
+        for tensor in self.range_tensors().values():
+            tensor.fill_(float("nan"))
+        self.signed = True
+        self.calibrated = False
+
+    @torch.no_grad()
     def refresh(self) -> None:
         """Bring what derives from the tensors (signedness, whether calibrated) up to date after they were loaded."""
         self._signed = bool(self.signed_flag.item())

@@ -1,0 +1,27 @@
+import re
+from pathlib import Path
+
+from sqakd_hf import is_calibrated
+
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 3
+    namespace = {}
+    for block in blocks:
+        exec(block, namespace)
+    assert is_calibrated(namespace["student"])
+    assert Path("student/config.json").exists()
+
+
+def test_the_two_commands_are_the_ones_that_ci_and_the_example_know():
+    root = Path(__file__).parents[1]
+    commands = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    assert commands[0].strip() in "pip install -e . && accelerate launch examples/run_sqakd.py --model timm/resnet18"
+    install, test = (part.strip() for part in commands[1].split("&&"))
+    ci = (root / ".ci" / "run").read_text()
+    assert install.removeprefix("pip install ") in ci and test in ci
