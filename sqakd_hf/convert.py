@@ -83,9 +83,24 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
 
 
+def quantizers(model: nn.Module) -> list[FakeQuantizer]:
+    """Return the quantizers of `model`, of weights and of activations."""
+    return [module for module in model.modules() if isinstance(module, FakeQuantizer)]
+
+
+def record_signedness(model: nn.Module) -> None:
+    """Bring the plan of `model` up to date with what its input quantizers found or were loaded with."""
+    found = {
+        name: layer.input_quantizer.signed
+        for name, layer in quantized_layers(model).items()
+        if layer.input_quantizer is not None
+    }
+    model.quantization_plan = model.quantization_plan.with_signedness(found)
+
+
 def is_calibrated(model: nn.Module) -> bool:
     """Tell whether every quantizer of `model` has its range."""
-    return all(module.calibrated for module in model.modules() if isinstance(module, FakeQuantizer))
+    return all(quantizer.calibrated for quantizer in quantizers(model))
 
 
 @torch.no_grad()
@@ -118,7 +133,7 @@ def calibrate_model(
 
     Raises:
         `InputError`: No batch, a batch of one image where BatchNorm needs more, a layer whose input is not finite, or
-            a planned layer that the data never reached. The message names the layers.
+            a planned layer that the data never reached. The message names the layers; no range is set.
     """
     layers = quantized_layers(model)
     if not layers:
@@ -147,13 +162,15 @@ def calibrate_model(
         if reestimate_batch_norm:
             with _batch_statistics(batch_norms, keep_running=False):
                 _feed(model, batches, bar)
+    except BaseException:
+        for module in quantizers(model):
+            module.reset()
+        raise
     finally:
         bar.close()
         for module, training in was_training.items():
             module.training = training
-    model.quantization_plan = model.quantization_plan.with_signedness(
-        {name: layer.input_quantizer.signed for name, layer in layers.items() if layer.input_quantizer is not None}
-    )
+    record_signedness(model)
     constant = [name for name, calibrator in calibrators.items() if calibrator.constant]
     if constant:
         logger.warning(

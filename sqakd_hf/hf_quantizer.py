@@ -10,9 +10,8 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.base import HfQuantizer
 
 from .configuration import QuantizationConfig
-from .convert import is_calibrated, quantize_model, quantized_layers
+from .convert import is_calibrated, quantize_model, quantized_layers, quantizers, record_signedness
 from .errors import InputError
-from .quantizers import FakeQuantizer
 
 
 if TYPE_CHECKING:
@@ -36,17 +35,18 @@ class SQAKDHfQuantizer(HfQuantizer):
             model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or []), *ranges]
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
-        for module in model.modules():
-            if isinstance(module, FakeQuantizer):
-                # transformers fills what a checkpoint lacks with uninitialised memory, and marks what it loaded.
-                tensors = module.state_dict(keep_vars=True).values()
-                loaded = all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors)
-                module.refresh() if loaded else module.reset()
+        for quantizer in quantizers(model):
+            # transformers fills what a checkpoint lacks with uninitialised memory, and marks what it loaded.
+            tensors = quantizer.state_dict(keep_vars=True).values()
+            loaded = all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors)
+            quantizer.refresh() if loaded else quantizer.reset()
         if self.pre_quantized and not is_calibrated(model):
             raise InputError(
                 f"The checkpoint {model.config._name_or_path!r} says it is quantized but lacks ranges. "
                 "It was saved before calibration, or is damaged: calibrate the student and save it again."
             )
+        if self.pre_quantized:
+            record_signedness(model)
 
     def is_serializable(self) -> bool:
         return True

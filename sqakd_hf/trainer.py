@@ -12,11 +12,10 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from .collator import ImageCollator
-from .convert import calibrate_model, forward_logits, is_calibrated, quantized_layers
+from .convert import calibrate_model, forward_logits, is_calibrated, quantized_layers, quantizers
 from .errors import InputError
 from .losses import check_same_classes, distillation_loss
 from .modeling import load_teacher, num_classes
-from .quantizers import FakeQuantizer
 from .training_args import SQAKDTrainingArguments
 
 
@@ -66,9 +65,7 @@ class SQAKDTrainer(Trainer):
             )
         teacher = load_teacher(teacher_model) if isinstance(teacher_model, str) else teacher_model
         if teacher is model:
-            raise InputError(
-                "Student and teacher are one object. Use copy.deepcopy(model) before quantizing it."
-            )
+            raise InputError("Student and teacher are one object. Use copy.deepcopy(model) before quantizing it.")
         if quantized_layers(teacher):
             raise InputError("The teacher is quantized. Pass the full-precision model.")
         classes = num_classes(model), num_classes(teacher)
@@ -150,9 +147,8 @@ class SQAKDTrainer(Trainer):
         owner = self.model if model is None else model
         ranges = [
             parameter
-            for module in owner.modules()
-            if isinstance(module, FakeQuantizer)
-            for parameter in module.parameters(recurse=False)
+            for quantizer in quantizers(owner)
+            for parameter in quantizer.parameters(recurse=False)
             if parameter.requires_grad
         ]
         for parameter in ranges:
