@@ -37,6 +37,7 @@ from sqakd_hf import (
     build_model,
     load_image_data,
     load_teacher,
+    plan_quantization,
     quantize_model,
     split_holdout,
 )
@@ -150,6 +151,7 @@ def distil(script: ScriptArguments, quantization: QuantizationArguments, args: D
 
     set_seed(args.seed)
     teacher, is_trained = get_teacher(script, args, data)
+    plan = plan_quantization(teacher, config)  # a pattern that matches nothing is better found before the training
     transform = image_transform(script, teacher)
     # Small centred pictures gain nothing from cropping in a few epochs, and a mirrored digit is another sign.
     augment = script.augment or ("none" if script.dataset in IMAGE_SIZES else "crop-flip")
@@ -160,7 +162,7 @@ def distil(script: ScriptArguments, quantization: QuantizationArguments, args: D
     results = {"teacher": {"accuracy": accuracy(teacher, test, args, data), "agreement": 1.0, "kl": 0.0}}
 
     student = copy.deepcopy(teacher)
-    plan = quantize_model(student, config)
+    quantize_model(student, config)
     interrupt = InterruptCallback()
     trainer = SQAKDTrainer(
         student,
@@ -196,7 +198,13 @@ def get_teacher(script: ScriptArguments, args: DistillationArguments, data: Imag
     if args.resume_from_checkpoint and script.teacher is None:
         return load_teacher(teacher_folder(args)), True
     if script.teacher is not None:
-        return load_teacher(script.teacher), True
+        model = load_teacher(script.teacher)
+        if data.class_names is not None and model.config.num_labels != len(data.class_names):
+            raise InputError(
+                f"The teacher {script.teacher!r} has {model.config.num_labels} classes but the images of "
+                f"{script.dataset!r} have {len(data.class_names)}. Pass a teacher trained on these classes."
+            )
+        return model, True
     if data.class_names is None:
         raise InputError(
             f"The images of {script.dataset!r} have no labels to train a teacher with. "

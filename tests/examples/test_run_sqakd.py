@@ -7,6 +7,7 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+import torch
 
 from sqakd_hf import InputError
 from tests.conftest import tiny_vit
@@ -75,6 +76,12 @@ class TestRun:
         )
         assert results["student"]["accuracy"] is None
         assert 0 <= results["student"]["agreement"] <= 1
+
+    def test_a_teacher_of_other_classes_is_refused(self, run, vit_folder, tmp_path):
+        torch.manual_seed(0)
+        tiny_vit().save_pretrained(tmp_path / "vit")
+        with pytest.raises(InputError, match="has 4 classes but the images of 'digits' have 10"):
+            run(f"--model timm/test_resnet --teacher {tmp_path / 'vit'}")
 
     def test_all_quantization_arguments_reach_the_config(self, run):
         results = run(
