@@ -1,8 +1,10 @@
 """`QuantizationConfig`: what to quantize and how, as plain data."""
 
 import difflib
+import inspect
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,7 +14,7 @@ from transformers import PretrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import InputError, check_bits, suggest
-from .quantizers import create_quantizer, list_quantizers
+from .quantizers import FakeQuantizer, create_quantizer, list_quantizers
 
 
 logger = logging.getLogger(__name__)
@@ -62,7 +64,7 @@ class QuantizationConfig(QuantizationConfigMixin):
     modules_to_not_convert: list[str] = field(default_factory=list)
     quantizer_kwargs: dict[str, Any] = field(default_factory=dict)
     integer_zero_point: bool = True
-    quant_method: str = "sqakd"
+    quant_method: str = field(default="sqakd", kw_only=True)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -73,15 +75,25 @@ class QuantizationConfig(QuantizationConfigMixin):
             raise InputError(f"quant_method must be 'sqakd', got {self.quant_method!r}.")
         if self.first_last_bits is not None:
             check_bits(self.first_last_bits, "first_last_bits (None leaves both layers in full precision)")
-        if isinstance(self.modules_to_not_convert, str) or not all(
-            isinstance(pattern, str) for pattern in self.modules_to_not_convert
-        ):
+        if isinstance(self.modules_to_not_convert, str) or not isinstance(self.modules_to_not_convert, Iterable):
             raise InputError(f"modules_to_not_convert must be a list of names, got {self.modules_to_not_convert!r}.")
         self.modules_to_not_convert = list(self.modules_to_not_convert)
+        if not all(isinstance(pattern, str) for pattern in self.modules_to_not_convert):
+            raise InputError(f"modules_to_not_convert must be a list of names, got {self.modules_to_not_convert!r}.")
+        version = self.format_version
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+            raise InputError(f"format_version must be a positive integer, got {version!r}.")
         self._check_layer_options(self.layer_options())
+        # JSON writers sort the keys of objects, but the order of the overrides counts: saved as pairs.
+        if isinstance(self.overrides, list) and all(
+            isinstance(p, list | tuple) and len(p) == 2 for p in self.overrides
+        ):
+            self.overrides = dict(self.overrides)
         if not isinstance(self.overrides, dict):
             raise InputError(f"overrides must map name patterns to options, got {self.overrides!r}.")
         for pattern, options in self.overrides.items():
+            if not isinstance(pattern, str):
+                raise InputError(f"overrides must have names for patterns, got {pattern!r}.")
             if not isinstance(options, dict):
                 raise InputError(f"overrides[{pattern!r}] must be a dict of layer options, got {options!r}.")
             for key in options:
@@ -103,13 +115,21 @@ class QuantizationConfig(QuantizationConfigMixin):
         kwargs = options["quantizer_kwargs"]
         if not isinstance(kwargs, dict) or not _survives_json(kwargs):
             raise InputError(f"{where}quantizer_kwargs must be a dict that JSON can hold, got {kwargs!r}.")
+        decided = sorted({"name", *inspect.signature(FakeQuantizer).parameters} & kwargs.keys() - {"delta"})
+        if decided:
+            raise InputError(
+                f"{where}quantizer_kwargs can't hold {', '.join(decided)}, which the config's own fields decide."
+            )
         if options["quantizer"] not in list_quantizers():
             raise InputError(
                 f"{where}Unknown quantizer {options['quantizer']!r}; registered: {', '.join(list_quantizers())}."
                 + suggest(options["quantizer"], list_quantizers())
             )
-        for role in ("weight", "activation"):
-            create_quantizer(options["quantizer"], bits=options["weight_bits"], role=role, **kwargs)
+        try:
+            for role in ("weight", "activation"):
+                create_quantizer(options["quantizer"], bits=options["weight_bits"], role=role, **kwargs)
+        except InputError as error:
+            raise InputError(f"{where}{error}") from error
 
     def layer_options(self) -> dict[str, Any]:
         """Return the options that apply to a layer which no override and no first/last rule touches."""
@@ -121,8 +141,8 @@ class QuantizationConfig(QuantizationConfigMixin):
             model.config.quantization_config = self
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready dict of all fields."""
-        return asdict(self)
+        """Return a JSON-ready dict of all fields; `overrides` as a list of `[pattern, options]` pairs, in order."""
+        return {**asdict(self), "overrides": [[pattern, dict(options)] for pattern, options in self.overrides.items()]}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return all fields: a saved config spells out its defaults, so that a later default can't change it."""
@@ -139,10 +159,8 @@ class QuantizationConfig(QuantizationConfigMixin):
         """
         known = {f.name for f in fields(cls)}
         version = config_dict.get("format_version", FORMAT_VERSION)
-        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-            raise InputError(f"format_version must be a positive integer, got {version!r}.")
         unknown = sorted(set(config_dict) - known)
-        if version > FORMAT_VERSION:
+        if isinstance(version, int) and version > FORMAT_VERSION:
             logger.warning(
                 "This quantization config has format version %d, this sqakd_hf reads up to %d and ignores: %s. "
                 "Upgrade with `pip install -U sqakd_hf`.",

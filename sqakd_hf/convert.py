@@ -49,15 +49,18 @@ def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -
     modules = dict(model.named_modules())
     # Build every layer before the first is put in place: an error leaves the model as it was.
     twins = {modules[layer.name]: _quantize_layer(modules[layer.name], layer) for layer in plan.quantized}
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
+    for parent in [*model.modules(), *twins.values()]:
+        # Not named_children(), which names a shared child once.
+        for name, child in parent._modules.items():
             if child in twins:
-                setattr(parent, name, twins[child])
+                parent._modules[name] = twins[child]
     model.quantization_plan = plan
     config.record(model)
-    unsupported = [layer.name for layer in plan.skipped if "registered" in layer.skipped]
-    if unsupported:
-        logger.warning("Left in float, no quantized form of their type is registered: %s.", ", ".join(unsupported))
+    # What the caller asked for is no surprise; everything else is said.
+    asked = ("listed in modules_to_not_convert", "first or last layer")
+    left = [f"{layer.name} ({layer.skipped})" for layer in plan.skipped if layer.skipped not in asked]
+    if left:
+        logger.warning("Left in float: %s.", ", ".join(left))
     logger.info("Quantized %s.", plan.summary())
     return plan
 
@@ -90,12 +93,14 @@ def quantizers(model: nn.Module) -> list[FakeQuantizer]:
 
 def record_signedness(model: nn.Module) -> None:
     """Bring the plan of `model` up to date with what its input quantizers found or were loaded with."""
+    # The plan lives where quantize_model was called, which a wrapper (DDP, a compiled model) holds as a child.
+    owner = next(module for module in model.modules() if "quantization_plan" in vars(module))
     found = {
         name: layer.input_quantizer.signed
-        for name, layer in quantized_layers(model).items()
+        for name, layer in quantized_layers(owner).items()
         if layer.input_quantizer is not None
     }
-    model.quantization_plan = model.quantization_plan.with_signedness(found)
+    owner.quantization_plan = owner.quantization_plan.with_signedness(found)
 
 
 def is_calibrated(model: nn.Module) -> bool:
@@ -138,6 +143,8 @@ def calibrate_model(
     layers = quantized_layers(model)
     if not layers:
         raise InputError("The model has no quantized layer. Call quantize_model(model, config) first.")
+    if isinstance(batches, torch.Tensor):
+        raise InputError(f"batches must be an iterable of image batches, got one tensor {tuple(batches.shape)}.")
     batches = list(batches) if isinstance(batches, Iterator) else batches
     batch_norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     was_training = {module: module.training for module in model.modules()}
@@ -189,7 +196,7 @@ class _RangeAverage:
         self.averaged = 0
 
     def __enter__(self) -> "_RangeAverage":
-        self.handle = self.layer.register_forward_pre_hook(self.observe)
+        self.handle = self.layer.register_forward_pre_hook(self.observe, with_kwargs=True)
         if self.layer.input_quantizer is not None and self.layer.input_quantizer.signed_is_open:
             self.layer.input_quantizer.signed = False
         return self
@@ -197,8 +204,8 @@ class _RangeAverage:
     def __exit__(self, *_: object) -> None:
         self.handle.remove()
 
-    def observe(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        x = args[0]
+    def observe(self, _: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
         self.calls += 1
         _require_finite(x, f"the input of layer {self.name!r}")
         self.constant &= bool(x.amin() == x.amax())
@@ -236,6 +243,9 @@ def _batch_statistics(batch_norms: list[nn.Module], keep_running: bool) -> Itera
             module.momentum = None
     try:
         yield
+    except BaseException:
+        keep_running = True
+        raise
     finally:
         for module, momentum, buffers in zip(batch_norms, momenta, running, strict=True):
             module.eval()
@@ -249,7 +259,13 @@ def _feed(model: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, Any]],
     empty = True
     device = next(model.parameters()).device
     for batch in batches:
-        pixel_values = batch["pixel_values"] if isinstance(batch, Mapping) else batch
+        pixel_values = batch.get("pixel_values") if isinstance(batch, Mapping) else batch
+        if not isinstance(pixel_values, torch.Tensor):
+            keys = f" with the keys {sorted(batch)}" if isinstance(batch, Mapping) else ""
+            raise InputError(
+                f"Calibration got a batch of type {type(batch).__name__}{keys}. "
+                "Pass image tensors (B, C, H, W), or dicts that hold them as pixel_values."
+            )
         if len(pixel_values) < 2 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
             raise InputError(
                 "Calibration got a batch of one image, but BatchNorm needs two or more. Use larger batches."
@@ -272,7 +288,12 @@ def forward_logits(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor
 
 
 def _takes_keyword(model: nn.Module) -> bool:
-    # Wrappers (DDP, a compiled model) pass arguments on: look at what they wrap.
-    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    return "pixel_values" in inspect.signature(type(model).forward).parameters
+    parameters = inspect.signature(type(model).forward).parameters
+    # Wrappers (DDP, a compiled model) pass on whatever they get: look at what they wrap.
+    passes_on = any(
+        parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in parameters.values()
+    )
+    inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+    if "pixel_values" not in parameters and passes_on and isinstance(inner, nn.Module):
+        return _takes_keyword(inner)
+    return "pixel_values" in parameters

@@ -51,12 +51,15 @@ def affine_grid(lower: torch.Tensor, upper: torch.Tensor, levels: int, integer_z
         >>> grid.scale.item(), grid.zero_point.item()
         (1.0, 1.0)
     """
+    lower, upper = lower.detach(), upper.detach()
+    # Relative as well: far from zero, float32 does not resolve the absolute floor.
+    floor = (lower.abs() * MIN_RANGE).clamp(min=MIN_RANGE)
     if not integer_zero_point:
-        upper = torch.maximum(upper, lower + MIN_RANGE)
+        upper = torch.maximum(upper, lower + floor)
         scale = (upper - lower) / (levels - 1)
         return Grid(lower, upper, scale, -lower / scale)
     lower = lower.clamp(max=0)
-    upper = torch.maximum(upper.clamp(min=0), lower + MIN_RANGE)
+    upper = torch.maximum(upper.clamp(min=0), lower + floor)
     scale = (upper - lower) / (levels - 1)
     zero_point = torch.round(-lower / scale).clamp(0, levels - 1)
     return Grid(-zero_point * scale, (levels - 1 - zero_point) * scale, scale, zero_point)
@@ -201,7 +204,7 @@ class _FakeQuantize(torch.autograd.Function):
             )
         flat, rows, like = _flatten(x, channel_axis)
         out = _run(_forward, flat, *(_column(v, rows) for v in grid[2:]), qmax, binary)
-        return _unflatten(out, like, channel_axis)
+        return _unflatten(out, like, x, channel_axis)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -214,10 +217,7 @@ class _FakeQuantize(torch.autograd.Function):
             columns = [_along(v, x, channel_axis) for v in grid]
             grad_x, grad_lower, grad_upper = _backward(x, grad, *columns, delta, *flags)
             if want_range:
-                grad_lower, grad_upper = (
-                    v.sum_to_size(grid[0].shape) if v.dim() < 2 else _sum_along(v, grid[0], channel_axis)
-                    for v in (grad_lower, grad_upper)
-                )
+                grad_lower, grad_upper = (_sum_along(v, grid[0], channel_axis) for v in (grad_lower, grad_upper))
         else:
             flat, rows, like = _flatten(x, channel_axis)
             flat_grad, _, _ = _flatten(grad, channel_axis, like)
@@ -225,7 +225,7 @@ class _FakeQuantize(torch.autograd.Function):
             delta = grid[0].new_full((1,), delta)
             columns = [_column(v, rows) for v in grid]
             grad_x, grad_lower, grad_upper = _run(_backward_flat, flat, flat_grad, *columns, delta, *flags)
-            grad_x = _unflatten(grad_x, like, channel_axis) if want_x else None
+            grad_x = _unflatten(grad_x, like, x, channel_axis) if want_x else None
             if want_range:
                 grad_lower, grad_upper = (
                     v.sum().view(1) if grid[0].numel() == 1 else v.flatten() for v in (grad_lower, grad_upper)
@@ -236,7 +236,8 @@ class _FakeQuantize(torch.autograd.Function):
 def _sum_along(values: torch.Tensor, like: torch.Tensor, channel_axis: int | None) -> torch.Tensor:
     if like.numel() == 1:
         return values.sum().view(1)
-    return values.sum([axis for axis in range(values.dim()) if axis != channel_axis % values.dim()])
+    others = [axis for axis in range(values.dim()) if axis != channel_axis % values.dim()]
+    return values.sum(others) if others else values
 
 
 # --- flat views ------------------------------------------------------------------------------------------------------
@@ -267,9 +268,14 @@ def _flatten(
     return x.as_strided((rows, x.numel() // rows), (x.stride(0), 1)), rows, like
 
 
-def _unflatten(flat: torch.Tensor, like: torch.Tensor, channel_axis: int | None) -> torch.Tensor:
+def _unflatten(flat: torch.Tensor, like: torch.Tensor, x: torch.Tensor, channel_axis: int | None) -> torch.Tensor:
+    """Return the shape and memory layout of `x`; not a view, so that later layers may change it in place."""
     out = flat.as_strided(like.shape, like.stride())
-    return out if channel_axis is None else out.movedim(0, channel_axis)
+    if channel_axis is not None:
+        out = out.movedim(0, channel_axis)
+    if out.stride() != x.stride() and _is_dense(x, False):
+        return torch.empty_like(x, dtype=out.dtype).copy_(out)
+    return flat.new_empty(0).set_(flat.untyped_storage(), 0, out.shape, out.stride())
 
 
 def _is_dense(x: torch.Tensor, rows_outermost: bool) -> bool:
@@ -297,7 +303,7 @@ def _run(body: Callable, x: torch.Tensor, *args):
     try:
         return _compiled(body, x.dim(), dtypes, flags)(x, *args)
     except (torch._dynamo.exc.TorchDynamoException, OSError) as error:
-        _compiler_failures.append(str(error).strip().splitlines()[0])
+        _compiler_failures.append(f"{type(error).__name__}: {error}".splitlines()[0])
         logger.info("Quantizers run without a compiled kernel, up to a third slower: %s", _compiler_failures[0])
         return body(x, *args)
 

@@ -37,14 +37,18 @@ class QuantizedLayer(nn.Module):
         twin.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(layer).items()}
         twin.weight_quantizer = weight_quantizer
         twin.input_quantizer = input_quantizer
-        twin.train(layer.training)
+        weight_quantizer.train(layer.training)
+        if input_quantizer is not None:
+            input_quantizer.train(layer.training)
         return twin
 
     def to_float(self) -> nn.Module:
         """Return the plain float layer, sharing the (unquantized) parameters."""
         plain = object.__new__(_FLOAT_CLASS[type(self)])
         plain.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(self).items()}
-        del plain._modules["weight_quantizer"], plain._modules["input_quantizer"]
+        for name in ("weight_quantizer", "input_quantizer"):
+            plain._modules.pop(name, None)
+            plain.__dict__.pop(name, None)  # where activations stay in float
         return plain
 
     def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
@@ -72,7 +76,10 @@ def register_quantized_layer(float_class: type[nn.Module]) -> Callable[[type[Qua
     """
 
     def decorate(cls: type[QuantizedLayer]) -> type[QuantizedLayer]:
-        if not (issubclass(cls, QuantizedLayer) and issubclass(cls, float_class)):
+        order = cls.__mro__
+        if not (QuantizedLayer in order and float_class in order) or order.index(QuantizedLayer) > order.index(
+            float_class
+        ):
             raise InputError(
                 f"{cls.__name__} must inherit from QuantizedLayer and {float_class.__name__}, in that order."
             )
@@ -92,14 +99,14 @@ def quantized_class(layer: nn.Module) -> type[QuantizedLayer] | None:
 class QuantizedLinear(QuantizedLayer, nn.Linear):
     """`nn.Linear` with fake-quantized input `(..., in_features)` and weight `(out_features, in_features)`."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
 class _QuantizedConv(QuantizedLayer):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         # _conv_forward keeps padding_mode, which F.conv would lose.
-        return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
 @register_quantized_layer(nn.Conv1d)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from .configuration import LAYER_FIELDS, QuantizationConfig, check_patterns, matches
@@ -117,6 +118,11 @@ def plan_quantization(model: nn.Module, config: QuantizationConfig) -> Quantizat
         raise InputError("The model is quantized already. Load or build the float model again to quantize it anew.")
     candidates = {name: module for name, module in model.named_modules() if _holds_weight_matrix(module)}
     names = list(candidates)
+    if "" in candidates:
+        raise InputError(
+            f"The model is itself one layer, {type(model).__name__}, which can't be replaced in place. "
+            "Wrap it: nn.Sequential(layer)."
+        )
     if not any(quantized_class(module) for module in candidates.values()):
         types = ", ".join(sorted({type(module).__name__ for module in candidates.values()})) or "none"
         raise InputError(
@@ -126,18 +132,29 @@ def plan_quantization(model: nn.Module, config: QuantizationConfig) -> Quantizat
     check_patterns(config.modules_to_not_convert, names, "modules_to_not_convert")
     check_patterns(list(config.overrides), names, "overrides")
     edges = _first_and_last(model, [name for name in names if quantized_class(candidates[name])])
+    # In evaluation nn.TransformerEncoderLayer hands the weights of its layers to one fused kernel.
+    fused = {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.TransformerEncoderLayer)
+        for name, _ in module.named_modules()
+    }
     return QuantizationPlan(
-        tuple(_plan_layer(name, module, config, name in edges) for name, module in candidates.items())
+        tuple(_plan_layer(name, module, config, name in edges, name in fused) for name, module in candidates.items())
     )
 
 
-def _plan_layer(name: str, module: nn.Module, config: QuantizationConfig, is_edge: bool) -> LayerPlan:
+def _plan_layer(name: str, module: nn.Module, config: QuantizationConfig, is_edge: bool, is_fused: bool) -> LayerPlan:
     base = {"name": name, "layer_type": type(module).__name__, "num_weights": module.weight.numel()}
     overrides = [options for pattern, options in config.overrides.items() if matches(name, pattern)]
-    if quantized_class(module) is None:
-        return LayerPlan(**base, skipped=f"no quantized form of {type(module).__name__} is registered")
     if any(matches(name, pattern) for pattern in config.modules_to_not_convert):
         return LayerPlan(**base, skipped="listed in modules_to_not_convert")
+    if "weight" not in module._parameters:
+        return LayerPlan(**base, skipped="its weight is computed by a parametrization")
+    if quantized_class(module) is None:
+        return LayerPlan(**base, skipped=f"no quantized form of {type(module).__name__} is registered")
+    if is_fused:
+        return LayerPlan(**base, skipped="nn.TransformerEncoderLayer computes it in a fused kernel")
     if is_edge and config.first_last_bits is None and not overrides:
         return LayerPlan(**base, skipped="first or last layer")
     options = config.layer_options()
@@ -151,8 +168,8 @@ def _plan_layer(name: str, module: nn.Module, config: QuantizationConfig, is_edg
 
 
 def _holds_weight_matrix(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.dim() >= 2 and weight.is_floating_point()
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dim() >= 2 and weight.is_floating_point()
 
 
 def _first_and_last(model: nn.Module, names: list[str]) -> set[str]:

@@ -66,6 +66,7 @@ class ImageTransform:
     augment: str = "none"
 
     def __post_init__(self) -> None:
+        self.mean, self.std = tuple(self.mean), tuple(self.std)
         self._check()
         self._mode = "RGB" if len(self.mean) == 3 else "L"
         self._reshape = _build_reshape(self.size, self.crop_pct, self.interpolation, self.augment)
@@ -100,7 +101,7 @@ class ImageTransform:
         normalized = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std)
         result: dict[str, list[Any]] = {"pixel_values": list(normalized)}
         if "label" in batch:
-            result["labels"] = [int(label) for label in batch["label"]]
+            result["labels"] = batch["label"]
         return result
 
     def _decode(self, value: Any, number: int) -> "PIL.Image.Image":
@@ -197,7 +198,7 @@ def _convert_mode(image: "PIL.Image.Image", mode: str) -> "PIL.Image.Image":
     if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
         pixels = np.asarray(image).clip(0, 65535)
         image = PIL.Image.fromarray(np.rint(pixels / 257).astype(np.uint8))
-    if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
     return image.convert(mode)

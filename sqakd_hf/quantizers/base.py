@@ -51,8 +51,7 @@ class FakeQuantizer(nn.Module):
     ):
         super().__init__()
         self.bits = check_bits(bits)
-        if role not in ROLES:
-            raise InputError(f"role must be 'weight' or 'activation', got {role!r}.")
+        _check_role(role)
         if isinstance(delta, bool) or not isinstance(delta, int | float) or not 0 <= delta < float("inf"):
             raise InputError(
                 f"delta must be a non-negative number, got {delta!r}; 0 is the straight-through estimator."
@@ -178,8 +177,8 @@ class FakeQuantizer(nn.Module):
 
     def elements_per_sample(self, x: torch.Tensor) -> float:
         """Number of elements of `x` that share one range; for activations, of one sample of the batch."""
-        samples = x.shape[0] if self.role == "activation" else 1
-        return x.numel() / samples / self.num_channels
+        samples = max(x.shape[0], 1) if self.role == "activation" else 1
+        return max(x.numel() / samples / self.num_channels, 1)
 
     def _require_range(self) -> None:
         if not self.calibrated:
@@ -201,7 +200,9 @@ class FakeQuantizer(nn.Module):
         super()._apply(fn, recurse)
         for name, tensor in self.range_tensors().items():
             if tensor.dtype != torch.float32:
+                grad, tensor.grad = tensor.grad, None
                 tensor.data = exact[name].to(tensor.device)
+                tensor.grad = None if grad is None else grad.float()
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
@@ -210,7 +211,7 @@ class FakeQuantizer(nn.Module):
             return  # a float checkpoint: it has the weights, the ranges stay as they are
         for name, tensor in self.range_tensors().items():
             stored = state_dict.get(prefix + name)
-            if stored is not None and stored.dim() == 1 and not self.calibrated:
+            if stored is not None and stored.dim() == 1 and self.channel_axis is not None and not self.calibrated:
                 tensor.data = tensor.new_full(stored.shape, float("nan"))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
@@ -232,6 +233,11 @@ class FakeQuantizer(nn.Module):
         tensors = self.range_tensors().values()
         self.num_channels = max((tensor.numel() for tensor in tensors), default=1)
         self.calibrated = all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def _check_role(role: str) -> None:
+    if role not in ROLES:
+        raise InputError(f"role must be 'weight' or 'activation', got {role!r}.")
 
 
 # --- registry --------------------------------------------------------------------------------------------------------
@@ -259,17 +265,21 @@ def register_quantizer(name: str, role: str | None = None) -> Callable[[type[Fak
     `QuantizationConfig(quantizer="my_method")` then uses it; the law tests, saving and loading need nothing more.
     """
 
+    if role is not None:
+        _check_role(role)
+
     def decorate(cls: type[FakeQuantizer]) -> type[FakeQuantizer]:
         if not (isinstance(cls, type) and issubclass(cls, FakeQuantizer)):
             raise InputError(f"register_quantizer({name!r}) needs a subclass of FakeQuantizer, got {cls!r}.")
-        for key in ROLES if role is None else (role,):
-            previous = _REGISTRY.setdefault((name, key), cls)
+        keys = [(name, key) for key in (ROLES if role is None else (role,))]
+        for key in keys:
+            previous = _REGISTRY.get(key, cls)
             # The same class again comes from a reloaded module: it replaces the old one.
-            if previous is not cls and previous.__qualname__ != cls.__qualname__:
+            if (previous.__module__, previous.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise InputError(
-                    f"The {key} quantizer {name!r} is taken by {previous.__qualname__}; choose another name."
+                    f"The {key[1]} quantizer {name!r} is taken by {previous.__qualname__}; choose another name."
                 )
-            _REGISTRY[(name, key)] = cls
+        _REGISTRY.update(dict.fromkeys(keys, cls))
         return cls
 
     return decorate
@@ -315,8 +325,7 @@ def create_quantizer(
     """
     cls = _REGISTRY.get((name, role))
     if cls is None:
-        if role not in ROLES:
-            raise InputError(f"role must be 'weight' or 'activation', got {role!r}.")
+        _check_role(role)
         known = list_quantizers()
         reason = f"has no {role} form" if name in known else "is not registered"
         raise InputError(f"Quantizer {name!r} {reason}; registered: {', '.join(known)}.{suggest(name, known)}")

@@ -8,6 +8,7 @@ import math
 
 import torch
 
+from ..functional import MIN_RANGE
 from .base import FakeQuantizer, register_quantizer
 from .lsq import standard_deviation, widen
 
@@ -32,7 +33,8 @@ class EWGS(FakeQuantizer):
 
     def init_range(self, x: torch.Tensor) -> None:
         rows = self.rows(x)
-        reach = 3 * standard_deviation(rows)
+        deviations = 3 * standard_deviation(rows)
+        reach = torch.where(deviations > MIN_RANGE, deviations, rows.abs().amax(1))  # one value, or all the same
         if self.binary:
             upper = rows.abs().mean(1)
             upper = torch.where(upper > 0, upper, 1.0)
@@ -43,7 +45,9 @@ class EWGS(FakeQuantizer):
             mean = rows.mean(1)
             lower, upper = torch.maximum(mean - reach, rows.amin(1)), torch.minimum(mean + reach, rows.amax(1))
         else:
-            lower, upper = rows.amin(1), reach / _HALF_NORMAL
+            lower, upper = rows.amin(1), deviations / _HALF_NORMAL
+            # Where nothing lies near zero, it is no half-normal.
+            upper = torch.where(lower > upper / 2, rows.amax(1), upper)
         lower, upper = widen(lower, upper)
         self.set_range(lower=lower, upper=upper)
 

@@ -1,0 +1,216 @@
+"""The architecture, held by tests: imports point down, and heavy packages wait until they are used."""
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sqakd_hf
+
+
+ROOT = Path(sqakd_hf.__file__).parent
+# A module imports from lower layers only; the modules of the package `quantizers` count as one.
+LAYERS = [
+    {"errors", "functional", "hub"},
+    {"losses", "quantizers"},
+    {"metrics", "layers", "configuration", "collator"},
+    {"plan"},
+    {"convert", "report", "transforms", "sources"},
+    {"data", "modeling", "hf_quantizer", "training_args", "interrupt"},
+    {"trainer"},
+    {"__init__"},
+]
+MAY_IMPORT_TRANSFORMERS = {"configuration", "hf_quantizer", "training_args", "interrupt", "modeling", "trainer"}
+# Imported inside functions, so that `import sqakd_hf` stays quick and each is needed only where it is used.
+LATE = {"timm", "datasets", "evaluate", "torchvision", "sklearn", "matplotlib"}
+MAY_IMPORT_EARLY = {"metrics": {"datasets", "evaluate"}}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def module_of(path):
+    """The name in LAYERS that a file belongs to."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported_modules(path, nodes=None):
+    """Yield absolute dotted names of everything `path` imports, relative imports resolved."""
+    package = ["sqakd_hf", *path.relative_to(ROOT).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())) if nodes is None else nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *(node.module or "").split(".")] if node.module else base
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+
+
+def run_at_import(nodes):
+    """Yield the statements that run when a module is imported: not those of functions, nor for type checkers."""
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            yield from run_at_import(node.orelse)
+            continue
+        yield node
+        yield from run_at_import(ast.iter_child_nodes(node))
+
+
+def module_level_imports(path):
+    return imported_modules(path, run_at_import(ast.parse(path.read_text()).body))
+
+
+def each_file(test):
+    return pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))(test)
+
+
+class TestDirection:
+    @each_file
+    def test_every_module_has_its_layer(self, path):
+        assert module_of(path) in set.union(*LAYERS), f"{path.name} is missing in LAYERS"
+
+    def test_layers_name_a_module_once(self):
+        assert sum(map(len, LAYERS)) == len(set.union(*LAYERS))
+
+    @each_file
+    def test_imports_point_down(self, path):
+        level = {name: i for i, names in enumerate(LAYERS) for name in names}
+        module = module_of(path)
+        for name in imported_modules(path):
+            package, *rest = name.split(".")
+            if package != "sqakd_hf":
+                continue
+            # A bare name such as sqakd_hf.InputError comes from __init__, which is above everything.
+            target = rest[0] if rest and rest[0] in level else "__init__"
+            assert target == module or level[target] < level[module], f"{path.name} must not import {target}"
+
+    @each_file
+    def test_few_modules_import_transformers(self, path):
+        if any(name.split(".")[0] == "transformers" for name in imported_modules(path)):
+            assert module_of(path) in MAY_IMPORT_TRANSFORMERS
+
+    @each_file
+    def test_heavy_packages_are_imported_where_they_are_used(self, path):
+        early = {name.split(".")[0] for name in module_level_imports(path)}
+        assert early & LATE <= MAY_IMPORT_EARLY.get(module_of(path), set())
+
+    @each_file
+    def test_nothing_is_imported_by_star(self, path):
+        assert not any(name.endswith(".*") for name in imported_modules(path))
+
+    @pytest.mark.parametrize(
+        ("source", "names"),
+        [
+            ("import transformers.utils", ["transformers.utils"]),
+            ("from ..errors import InputError", ["sqakd_hf.errors.InputError"]),
+            ("from . import base", ["sqakd_hf.quantizers.base"]),
+            ("from .. import trainer", ["sqakd_hf.trainer"]),
+            ("from ..layers import A, B", ["sqakd_hf.layers.A", "sqakd_hf.layers.B"]),
+            ("def f():\n    import timm", ["timm"]),
+        ],
+    )
+    def test_names_are_resolved(self, source, names):
+        nodes = ast.walk(ast.parse(source))
+        assert list(imported_modules(ROOT / "quantizers" / "lsq.py", nodes)) == names
+
+    @pytest.mark.parametrize(
+        ("source", "names"),
+        [
+            ("import timm", ["timm"]),
+            ("def f():\n    import timm", []),
+            ("class A:\n    import timm\n    def f(self):\n        import datasets", ["timm"]),
+            ("if TYPE_CHECKING:\n    import timm\nelse:\n    import datasets", ["datasets"]),
+            ("try:\n    import timm\nexcept ImportError:\n    import datasets", ["timm", "datasets"]),
+            ("with x:\n    import timm", ["timm"]),
+        ],
+    )
+    def test_what_runs_at_import_is_told_from_what_does_not(self, source, names):
+        nodes = run_at_import(ast.parse(source).body)
+        assert list(imported_modules(ROOT / "data.py", nodes)) == names
+
+
+class TestImport:
+    @pytest.fixture(scope="class")
+    def fresh(self):
+        """What a fresh interpreter prints, logs and loads: on import, and on the first use of a lazy name."""
+        code = (
+            "import json, logging, random, sys\n"
+            "logging.basicConfig(level=logging.INFO, stream=sys.stderr)\n"
+            "state = random.getstate()\n"
+            "import sqakd_hf\n"
+            "assert random.getstate() == state\n"
+            "print(json.dumps(sorted(sys.modules)))\n"
+            "assert sqakd_hf.ImageCollator is sys.modules['sqakd_hf.collator'].ImageCollator\n"
+            "print(json.dumps(sorted(sys.modules)))"
+        )
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+    def test_is_silent(self, fresh):
+        assert (fresh.returncode, fresh.stderr, fresh.stdout.count("\n")) == (0, "", 2)
+
+    @pytest.mark.parametrize(
+        "package",
+        ["timm", "datasets", "matplotlib", "onnx", "torchvision", "sklearn", "evaluate", "transformers.trainer"],
+    )
+    def test_leaves_heavy_packages_alone(self, fresh, package):
+        assert package not in json.loads(fresh.stdout.splitlines()[0])
+
+    def test_loads_the_rest_on_first_use(self, fresh):
+        before, after = (set(json.loads(line)) for line in fresh.stdout.splitlines())
+        assert {name for name in after - before if name.startswith("sqakd_hf")} == {"sqakd_hf.collator"}
+        assert not {"sqakd_hf.data", "sqakd_hf.modeling", "sqakd_hf.trainer"} & after
+
+
+def names_of(nodes):
+    """The public names that `from .module import name` statements define, and the module of each."""
+    return {
+        alias.asname or alias.name: node.module
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.level == 1
+        for alias in node.names
+    }
+
+
+class TestPublicNames:
+    TREE = ast.parse((ROOT / "__init__.py").read_text())
+    EAGER = names_of(TREE.body)
+    TYPED = names_of(
+        node
+        for block in TREE.body
+        if isinstance(block, ast.If) and isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"
+        for node in block.body
+    )
+
+    @pytest.mark.parametrize("name", sqakd_hf.__all__)
+    def test_is_importable(self, name):
+        value = getattr(sqakd_hf, name)
+        module = {**self.EAGER, **self.TYPED}[name]
+        assert value is getattr(importlib.import_module(f"sqakd_hf.{module}"), name)
+        assert value.__doc__ and value.__module__.startswith("sqakd_hf.")
+
+    def test_are_those_that_the_package_imports(self):
+        assert set(sqakd_hf.__all__) == set(self.EAGER) | set(self.TYPED)
+        assert not set(self.EAGER) & set(self.TYPED)
+
+    def test_lazy_ones_come_from_where_type_checkers_look(self):
+        assert sqakd_hf._LAZY == self.TYPED
+
+    def test_are_listed_once_and_sorted(self):
+        assert sqakd_hf.__all__ == sorted(set(sqakd_hf.__all__)) == dir(sqakd_hf)
+
+    def test_star_import_gives_exactly_them(self):
+        namespace = {}
+        exec("from sqakd_hf import *", namespace)
+        assert set(namespace) - {"__builtins__"} == set(sqakd_hf.__all__)
+
+    def test_other_names_are_an_attribute_error(self):
+        with pytest.raises(AttributeError, match="module 'sqakd_hf' has no attribute 'quantise_model'"):
+            sqakd_hf.quantise_model  # noqa: B018
+        assert not hasattr(sqakd_hf, "Trainer")
+
+    def test_the_version_is_stated(self):
+        assert sqakd_hf.__version__.count(".") >= 2

@@ -1,0 +1,380 @@
+import json
+import re
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from sqakd_hf import InputError, LayerPlan, QuantizationConfig, QuantizationPlan, plan_quantization, quantize_model
+
+
+def fingerprint(model):
+    """Everything about `model` that planning must not change: modules, parameters, buffers, hooks, modes."""
+    modules = [
+        (name, id(module), type(module), module.training, sorted(vars(module)), len(module._forward_pre_hooks))
+        for name, module in model.named_modules(remove_duplicate=False)
+    ]
+    parameters = [(name, id(p), p.requires_grad) for name, p in model.named_parameters(remove_duplicate=False)]
+    # As bytes: ranges that are not set yet are NaN.
+    return modules, parameters, {key: value.numpy().tobytes() for key, value in model.state_dict().items()}
+
+
+def assert_unchanged(model, before):
+    for now, then in zip(fingerprint(model), before, strict=True):
+        assert now == then
+
+
+def weights_by_layer(model):
+    """The layers by exact type and the sizes of their weights, in the order of registration."""
+    return {
+        name: module.weight.numel() for name, module in model.named_modules() if type(module) in (nn.Conv2d, nn.Linear)
+    }
+
+
+def bits_by_layer(plan):
+    return {layer.name: (layer.weight_bits, layer.activation_bits) for layer in plan}
+
+
+@pytest.fixture(scope="module")
+def resnet18():
+    torch.manual_seed(0)
+    return timm.create_model("resnet18")
+
+
+class Headless(nn.Module):
+    """Four layers, with whatever metadata a test gives."""
+
+    def __init__(self, **metadata):
+        super().__init__()
+        self.a = nn.Conv2d(3, 4, 3)
+        self.b = nn.Conv2d(4, 4, 3)
+        self.c = nn.Linear(4, 4)
+        self.d = nn.Linear(4, 2)
+        self.pretrained_cfg = metadata
+
+
+def ends(model):
+    """The layers at 7 bits: those that the plan takes for the first and the last."""
+    plan = plan_quantization(model, QuantizationConfig(first_last_bits=7))
+    return [layer.name for layer in plan if layer.weight_bits == 7]
+
+
+class TestNames:
+    def test_of_timm_resnet18(self, resnet18):
+        plan = plan_quantization(resnet18, QuantizationConfig())
+        assert {layer.name: layer.num_weights for layer in plan} == weights_by_layer(resnet18)
+        assert [layer.name for layer in plan] == list(weights_by_layer(resnet18))
+        assert len(plan.layers) == 21 and plan.quantized == list(plan) and plan.skipped == []
+        by_name = {layer.name: layer for layer in plan}
+        # 64 kernels of 3 x 7 x 7; 512 x 256 of 1 x 1; 1000 classes of 512 features.
+        assert (by_name["conv1"].layer_type, by_name["conv1"].num_weights) == ("Conv2d", 64 * 3 * 7 * 7)
+        assert by_name["layer4.0.downsample.0"].num_weights == 512 * 256
+        assert (by_name["fc"].layer_type, by_name["fc"].num_weights) == ("Linear", 1000 * 512)
+
+    @pytest.mark.parametrize(
+        ("name", "layers", "first", "last"),
+        [("test_resnet", 16, "conv1.0", "fc"), ("test_vit", 26, "patch_embed.proj", "head")],
+    )
+    def test_of_small_timm_models(self, name, layers, first, last):
+        model = timm.create_model(name)
+        plan = plan_quantization(model, QuantizationConfig(weight_bits=3, activation_bits=4))
+        assert {layer.name: layer.num_weights for layer in plan} == weights_by_layer(model)
+        assert len(plan.layers) == layers
+        assert {n for n, bits in bits_by_layer(plan).items() if bits == (8, 8)} == {first, last}
+        assert set(bits_by_layer(plan).values()) == {(8, 8), (3, 4)}
+
+    def test_of_a_native_transformers_model(self, vit):
+        plan = plan_quantization(vit, QuantizationConfig())
+        assert {layer.name: layer.num_weights for layer in plan} == weights_by_layer(vit)
+        # Patches, classifier, and in each of two blocks q, k, v, o and two MLP layers.
+        assert len(plan.layers) == 2 + 2 * 6
+        assert bits_by_layer(plan)[plan.layers[0].name] == bits_by_layer(plan)["classifier"] == (8, 8)
+        assert plan.layers[0].layer_type == "Conv2d" and plan.layers[-1].name == "classifier"
+        assert {bits for name, bits in list(bits_by_layer(plan).items())[1:-1]} == {(2, 2)}
+
+    def test_leaves_the_model_as_it_was(self, conv_net):
+        before = fingerprint(conv_net)
+        plan_quantization(conv_net, QuantizationConfig(overrides={"body": {"weight_bits": 4}}))
+        assert_unchanged(conv_net, before)
+
+    def test_a_layer_under_two_names_is_planned_once_under_the_first(self):
+        shared = nn.Linear(4, 4)
+        plan = plan_quantization(nn.ModuleDict({"a": shared, "b": nn.Linear(4, 4), "c": shared}), QuantizationConfig())
+        assert [layer.name for layer in plan] == ["a", "b"]
+
+    def test_vectors_and_integer_tables_are_no_layers(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.LayerNorm(4), nn.PReLU(4), nn.Linear(4, 4))
+        model[0].register_buffer("table", torch.zeros(4, 4, dtype=torch.int64))
+        assert [layer.name for layer in plan_quantization(model, QuantizationConfig())] == ["0", "4"]
+
+
+class TestFirstAndLast:
+    def test_metadata_names_them(self):
+        assert ends(Headless(first_conv="b", classifier="c")) == ["b", "c"]
+
+    def test_metadata_may_name_several(self):
+        assert ends(Headless(first_conv=("a", "b"), classifier=["c", "d"])) == ["a", "b", "c", "d"]
+
+    @pytest.mark.parametrize(
+        "metadata",
+        [{}, {"first_conv": None, "classifier": None}, {"first_conv": "x", "classifier": "head"}, {"first_conv": ()}],
+        ids=["none", "null", "of layers that were replaced", "empty"],
+    )
+    def test_order_fills_what_metadata_does_not_name(self, metadata):
+        assert ends(Headless(**metadata)) == ["a", "d"]
+
+    def test_order_fills_one_end_alone(self):
+        assert ends(Headless(first_conv="b", classifier="gone")) == ["b", "d"]
+        assert ends(Headless(first_conv="gone", classifier="c")) == ["a", "c"]
+
+    def test_metadata_counts_from_the_module_that_holds_it(self):
+        assert ends(nn.ModuleDict({"timm_model": Headless(first_conv="b", classifier="c")})) == [
+            "timm_model.b",
+            "timm_model.c",
+        ]
+
+    @pytest.mark.parametrize(("count", "expected"), [(1, ["0"]), (2, ["0", "1"]), (3, ["0", "2"])])
+    def test_of_very_small_models(self, count, expected):
+        assert ends(nn.Sequential(*[nn.Linear(2, 2) for _ in range(count)])) == expected
+
+    def test_layers_that_cannot_be_quantized_are_no_ends(self):
+        model = nn.Sequential(nn.ConvTranspose2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Linear(3, 3), nn.Bilinear(3, 3, 3))
+        assert ends(model) == ["1", "2"]
+
+    def test_their_bits_hold_for_weights_and_activations(self, conv_net):
+        bits = bits_by_layer(plan_quantization(conv_net, QuantizationConfig(first_last_bits=5)))
+        assert bits == {"stem.0": (5, 5), "body.0": (2, 2), "body.3": (2, 2), "head": (5, 5)}
+
+    def test_float_activations_stay_float_there(self, conv_net):
+        bits = bits_by_layer(plan_quantization(conv_net, QuantizationConfig(activation_bits=None)))
+        assert bits == {"stem.0": (8, None), "body.0": (2, None), "body.3": (2, None), "head": (8, None)}
+
+    def test_none_leaves_them_in_float_with_the_reason(self, conv_net):
+        plan = plan_quantization(conv_net, QuantizationConfig(first_last_bits=None))
+        assert {layer.name: layer.skipped for layer in plan.skipped} == {
+            "stem.0": "first or last layer",
+            "head": "first or last layer",
+        }
+        assert [layer.name for layer in plan.quantized] == ["body.0", "body.3"]
+
+
+class TestOverrides:
+    def test_later_ones_overrule_earlier_ones(self, conv_net):
+        overrides = {"body": {"weight_bits": 3, "activation_bits": 4}, "body.3": {"weight_bits": 5}}
+        bits = bits_by_layer(plan_quantization(conv_net, QuantizationConfig(overrides=overrides)))
+        assert bits == {"stem.0": (8, 8), "body.0": (3, 4), "body.3": (5, 4), "head": (8, 8)}
+        turned = dict(reversed(overrides.items()))
+        bits = bits_by_layer(plan_quantization(conv_net, QuantizationConfig(overrides=turned)))
+        assert bits == {"stem.0": (8, 8), "body.0": (3, 4), "body.3": (3, 4), "head": (8, 8)}
+
+    def test_overrule_the_bits_of_first_and_last_layer(self, conv_net):
+        bits = bits_by_layer(plan_quantization(conv_net, QuantizationConfig(overrides={"head": {"weight_bits": 4}})))
+        assert bits["head"] == (4, 8) and bits["stem.0"] == (8, 8)
+
+    def test_quantize_a_first_or_last_layer_that_would_stay_in_float(self, conv_net):
+        config = QuantizationConfig(first_last_bits=None, overrides={"head": {"weight_bits": 4}})
+        plan = plan_quantization(conv_net, config)
+        assert bits_by_layer(plan)["head"] == (4, 2)
+        assert [layer.name for layer in plan.skipped] == ["stem.0"]
+
+    def test_reach_every_option(self, conv_net):
+        options = {
+            "quantizer": "ewgs",
+            "weight_bits": 1,
+            "activation_bits": None,
+            "per_channel": False,
+            "integer_zero_point": False,
+            "quantizer_kwargs": {"delta": 0.5},
+        }
+        plan = plan_quantization(conv_net, QuantizationConfig(overrides={"body.0": options}))
+        by_name = {layer.name: layer for layer in plan}
+        assert by_name["body.0"] == LayerPlan("body.0", "Conv2d", 8 * 8 * 3 * 3, **options)
+        assert by_name["body.3"] == LayerPlan("body.3", "Conv2d", 16 * 4 * 3 * 3, "lsq", 2, 2, True, True, {})
+
+    def test_do_not_reach_layers_that_stay_in_float(self, conv_net):
+        config = QuantizationConfig(overrides={"*": {"weight_bits": 4}}, modules_to_not_convert=["body.0"])
+        layer = {layer.name: layer for layer in plan_quantization(conv_net, config)}["body.0"]
+        assert (layer.weight_bits, layer.quantizer) == (None, None)
+
+
+class TestSkipped:
+    def test_modules_to_not_convert_are_listed_with_the_reason(self, conv_net):
+        plan = plan_quantization(conv_net, QuantizationConfig(modules_to_not_convert=["body", "head"]))
+        assert {layer.name: layer.skipped for layer in plan} == {
+            "stem.0": None,
+            "body.0": "listed in modules_to_not_convert",
+            "body.3": "listed in modules_to_not_convert",
+            "head": "listed in modules_to_not_convert",
+        }
+
+    def test_layers_without_a_quantized_form_are_listed_with_their_type(self):
+        class MyLinear(nn.Linear):
+            pass
+
+        model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), MyLinear(4, 4), nn.ConvTranspose1d(4, 4, 1))
+        plan = plan_quantization(model, QuantizationConfig())
+        assert [(layer.layer_type, layer.skipped) for layer in plan] == [
+            ("Embedding", "no quantized form of Embedding is registered"),
+            ("Linear", None),
+            ("MyLinear", "no quantized form of MyLinear is registered"),
+            ("ConvTranspose1d", "no quantized form of ConvTranspose1d is registered"),
+        ]
+
+    def test_a_layer_that_the_caller_listed_is_no_surprise(self):
+        # quantize_model warns of layers that can't be quantized; listing them is how a caller says "I know".
+        model = nn.Sequential(nn.Linear(4, 4), nn.ConvTranspose2d(4, 4, 1), nn.Linear(4, 4))
+        plan = plan_quantization(model, QuantizationConfig(modules_to_not_convert=["1"]))
+        assert [layer.skipped for layer in plan] == [None, "listed in modules_to_not_convert", None]
+
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            nn.utils.parametrizations.weight_norm,
+            nn.utils.parametrizations.orthogonal,
+            # The old form keeps the class and replaces the parameter.
+            pytest.param(
+                nn.utils.spectral_norm, marks=pytest.mark.filterwarnings("ignore::FutureWarning"), id="old style"
+            ),
+        ],
+    )
+    def test_a_reparametrized_layer_is_not_passed_over_in_silence(self, wrap):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), wrap(nn.Linear(4, 4)), nn.Linear(4, 4))
+        by_name = {layer.name: layer for layer in plan_quantization(model, QuantizationConfig())}
+        assert "1" in by_name and by_name["1"].skipped
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            (
+                {"modules_to_not_convert": ["haed"]},
+                "modules_to_not_convert: the pattern 'haed' matches no layer; close names: head.",
+            ),
+            (
+                {"overrides": {"head": {"weight_bits": 4}, "bdoy.0": {"weight_bits": 4}}},
+                "overrides: the pattern 'bdoy.0' matches no layer; close names: body.0, ",
+            ),
+            (
+                {"overrides": {"encoder.layer.0": {}}},
+                "overrides: the pattern 'encoder.layer.0' matches no layer; ",
+            ),
+            (
+                {"modules_to_not_convert": ["body.1"]},  # a BatchNorm
+                "modules_to_not_convert: the pattern 'body.1' matches no layer; close names: body.",
+            ),
+            ({"overrides": {"qqqqq": {}}}, "the first layers are: stem.0, body.0, body.3."),
+        ],
+        ids=["exclusion", "override", "path", "norm", "far off"],
+    )
+    def test_a_pattern_that_matches_nothing_names_close_layers(self, conv_net, fields, message):
+        before = fingerprint(conv_net)
+        for plan in (plan_quantization, quantize_model):
+            with pytest.raises(InputError, match=re.escape(message)):
+                plan(conv_net, QuantizationConfig(**fields))
+            assert_unchanged(conv_net, before)
+
+    def test_a_model_without_a_layer_to_quantize_names_what_it_has(self):
+        model = nn.Sequential(nn.Embedding(3, 4), nn.LayerNorm((4, 4)), nn.Embedding(3, 4), nn.ReLU())
+        before = fingerprint(model)
+        with pytest.raises(InputError) as info:
+            quantize_model(model, QuantizationConfig())
+        assert str(info.value) == (
+            "Sequential has no layer that can be quantized; layers with a weight matrix: Embedding, LayerNorm. "
+            "register_quantized_layer adds a layer type."
+        )
+        assert_unchanged(model, before)
+
+    def test_a_model_without_any_weight_says_none(self):
+        with pytest.raises(InputError, match="ReLU has no layer that can be quantized; .* weight matrix: none"):
+            plan_quantization(nn.ReLU(), QuantizationConfig())
+
+    def test_a_model_is_not_quantized_twice(self, conv_net):
+        quantize_model(conv_net, QuantizationConfig())
+        before = fingerprint(conv_net)
+        for plan in (plan_quantization, quantize_model):
+            with pytest.raises(InputError, match="^The model is quantized already. Load or build the float model"):
+                plan(conv_net, QuantizationConfig(weight_bits=4))
+            assert_unchanged(conv_net, before)
+
+
+class TestSizes:
+    def test_weight_bytes_of_resnet18(self, resnet18):
+        counts = weights_by_layer(resnet18)
+        inner = sum(counts.values()) - counts["conv1"] - counts["fc"]
+        # Every inner layer has a multiple of four weights: at 2 bits they fill whole bytes.
+        assert plan_quantization(resnet18, QuantizationConfig()).weight_bytes() == (
+            counts["conv1"] + counts["fc"] + inner // 4
+        )
+        float_ends = plan_quantization(resnet18, QuantizationConfig(first_last_bits=None))
+        assert float_ends.weight_bytes() == 4 * (counts["conv1"] + counts["fc"]) + inner // 4
+
+    @pytest.mark.parametrize(("bits", "expected"), [(1, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7), (7, 8), (8, 9)])
+    def test_each_layer_fills_whole_bytes(self, bits, expected):
+        # Nine weights: ceil(9 * bits / 8) bytes, for each of the two layers.
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        plan = plan_quantization(model, QuantizationConfig(first_last_bits=bits))
+        assert plan.weight_bytes() == 2 * expected
+
+    def test_bits_are_those_of_most_weights(self, conv_net):
+        # stem 216, body 576 + 576, head 64 weights.
+        config = QuantizationConfig(weight_bits=3, activation_bits=4)
+        assert plan_quantization(conv_net, config).bits() == "W3A4"
+        assert plan_quantization(conv_net, QuantizationConfig(activation_bits=None)).bits() == "W2Afloat"
+        few = QuantizationConfig(modules_to_not_convert=["body"], overrides={"head": {"weight_bits": 4}})
+        assert plan_quantization(conv_net, few).bits() == "W8A8"
+        everything = QuantizationConfig(modules_to_not_convert=["*"])
+        assert plan_quantization(conv_net, everything).bits() == "float"
+
+
+class TestText:
+    CONFIG = QuantizationConfig(
+        activation_bits=4,
+        overrides={"body.0": {"quantizer": "ewgs", "per_channel": False, "activation_bits": None}},
+        modules_to_not_convert=["head"],
+    )
+
+    def test_table(self, conv_net):
+        assert str(plan_quantization(conv_net, self.CONFIG)).splitlines() == [
+            "layer   type    weights  bits      quantizer                           weight ranges  input",
+            "stem.0  Conv2d  216      W8A8      lsq                                 per channel",
+            "body.0  Conv2d  576      W2Afloat  ewgs                                per tensor",
+            "body.3  Conv2d  576      W2A4      lsq                                 per channel",
+            "head    Linear  64       float     (listed in modules_to_not_convert)",
+            "4 layers: 1 at W8A8, 1 at W2Afloat, 1 at W2A4, 1 in float",
+        ]
+
+    def test_table_after_calibration_tells_the_sign_of_inputs(self, conv_net):
+        plan = plan_quantization(conv_net, self.CONFIG).with_signedness(
+            {"stem.0": True, "body.0": True, "body.3": False}
+        )
+        assert str(plan).splitlines()[1:4] == [
+            "stem.0  Conv2d  216      W8A8      lsq                                 per channel    signed",
+            # Its activations stay in float: no codes, no sign.
+            "body.0  Conv2d  576      W2Afloat  ewgs                                per tensor",
+            "body.3  Conv2d  576      W2A4      lsq                                 per channel    unsigned",
+        ]
+
+    def test_large_counts_are_grouped(self, resnet18):
+        text = str(plan_quantization(resnet18, QuantizationConfig()))
+        assert "layer4.1.conv2         Conv2d  2,359,296  W2A2  lsq        per channel" in text
+        assert text.endswith("\n21 layers: 19 at W2A2, 2 at W8A8")
+
+    def test_summary_puts_the_most_frequent_first(self, conv_net):
+        plan = plan_quantization(conv_net, QuantizationConfig(overrides={"head": {"weight_bits": 2}}))
+        assert plan.summary() == "4 layers: 2 at W2A2, 1 at W8A8, 1 at W2A8"
+
+    def test_with_signedness_changes_the_named_layers_of_a_copy(self, conv_net):
+        plan = plan_quantization(conv_net, QuantizationConfig())
+        later = plan.with_signedness({"stem.0": True, "head": False})
+        assert [layer.signed_input for layer in later] == [True, None, None, False]
+        assert [layer.signed_input for layer in plan] == [None] * 4
+        assert [layer.signed_input for layer in later.with_signedness({"stem.0": False})] == [False, None, None, False]
+
+    def test_json_and_back(self, conv_net):
+        plan = plan_quantization(conv_net, self.CONFIG).with_signedness({"stem.0": True})
+        data = json.loads(json.dumps(plan.to_dict()))
+        assert QuantizationPlan(tuple(LayerPlan(**layer) for layer in data)) == plan
+        assert data[1]["quantizer"] == "ewgs" and data[3]["skipped"] == "listed in modules_to_not_convert"
