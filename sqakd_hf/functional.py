@@ -6,9 +6,10 @@ the eager and the compiled form give the same bits on a CPU.
 """
 
 import functools
+import itertools
 import logging
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -263,9 +264,9 @@ def _flatten(
     if x.stride() != like.stride():
         x = torch.empty_like(like, dtype=x.dtype).copy_(x)
     if channel_axis is None:
-        return x.as_strided((x.numel(),), (1,)), None, like
+        return _alias(x, (x.numel(),), (1,)), None, like
     rows = x.shape[0]
-    return x.as_strided((rows, x.numel() // rows), (x.stride(0), 1)), rows, like
+    return _alias(x, (rows, x.numel() // rows), (x.stride(0), 1)), rows, like
 
 
 def _unflatten(flat: torch.Tensor, like: torch.Tensor, x: torch.Tensor, channel_axis: int | None) -> torch.Tensor:
@@ -275,7 +276,12 @@ def _unflatten(flat: torch.Tensor, like: torch.Tensor, x: torch.Tensor, channel_
         out = out.movedim(0, channel_axis)
     if out.stride() != x.stride() and _is_dense(x, False):
         return torch.empty_like(x, dtype=out.dtype).copy_(out)
-    return flat.new_empty(0).set_(flat.untyped_storage(), 0, out.shape, out.stride())
+    return _alias(out, out.shape, out.stride())
+
+
+def _alias(x: torch.Tensor, shape: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
+    """Return a tensor over the memory of `x` that is no view of it: dynamo compiles anew for each kind of base."""
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), shape, stride)
 
 
 def _is_dense(x: torch.Tensor, rows_outermost: bool) -> bool:
@@ -302,7 +308,7 @@ def _run(body: Callable, x: torch.Tensor, *args):
     dtypes = tuple(a.dtype for a in (x, *args) if isinstance(a, torch.Tensor))
     try:
         return _compiled(body, x.dim(), dtypes, flags)(x, *args)
-    except (torch._dynamo.exc.TorchDynamoException, OSError) as error:
+    except _COMPILER_ERRORS as error:
         _compiler_failures.append(f"{type(error).__name__}: {error}".splitlines()[0])
         logger.info("Quantizers run without a compiled kernel, up to a third slower: %s", _compiler_failures[0])
         return body(x, *args)
@@ -312,12 +318,15 @@ def _run(body: Callable, x: torch.Tensor, *args):
 def _compiled(body: Callable, *variant) -> Callable:
     """Compile `body` once for each variant of rank, dtypes and flags; sizes and `qmax` stay symbolic.
 
-    Each variant gets a code object of its own, because dynamo counts recompilations per code object and would fall
-    back to eager without a word at the eighth.
+    Each variant gets a code object of its own, with a name of its own lest two compare equal, because dynamo counts
+    recompilations per code object and gives up at the eighth.
     """
-    own = types.FunctionType(body.__code__.replace(), body.__globals__, body.__name__)
+    name = f"{body.__name__}_{next(_variants)}"
+    own = types.FunctionType(body.__code__.replace(co_name=name), body.__globals__, name)
     return torch.compile(own, dynamic=True, fullgraph=True)
 
 
+_COMPILER_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit, OSError)
+_variants = itertools.count()
 # Filled by the first failure to compile: nothing is compiled after it, and it is logged once.
 _compiler_failures: list[str] = []

@@ -5,8 +5,15 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 
 from .errors import InputError, suggest
@@ -16,8 +23,8 @@ from .hub import hub_is_reachable
 logger = logging.getLogger(__name__)
 
 TIMM_PREFIX = "timm/"
-# Arguments that a timm repository may state twice, once of its own and once for the wrapper.
-_STATED_BY_WRAPPER = ("num_classes", "global_pool")
+# How Pillow numbers the ways of resampling that ImageTransform knows by name.
+_RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 
 
 class WeightsNotFoundError(InputError):
@@ -43,14 +50,13 @@ def load_teacher(name: str, num_labels: int | None = None, **kwargs: Any) -> Pre
         offline = not os.path.isdir(source) and not hub_is_reachable()
         config = AutoConfig.from_pretrained(source, local_files_only=offline)
         if isinstance(config, TimmWrapperConfig):
-            config.model_args = {
-                key: value for key, value in (config.model_args or {}).items() if key not in _STATED_BY_WRAPPER
-            }
+            # A timm repository may state it, the wrapper states it too.
+            config.model_args = {k: v for k, v in (config.model_args or {}).items() if k != "num_classes"}
         if num_labels is not None and num_labels != config.num_labels:
-            # Not the old classes' names.
-            config.id2label = {index: f"LABEL_{index}" for index in range(num_labels)}
-            config.label2id = {label: index for index, label in config.id2label.items()}
+            _set_num_labels(config, num_labels)
             kwargs["ignore_mismatched_sizes"] = True
+        # A teacher is in full precision, whatever its file is in.
+        kwargs.setdefault("dtype", torch.float32)
         return AutoModelForImageClassification.from_pretrained(
             source, config=config, local_files_only=offline, **kwargs
         )
@@ -80,6 +86,8 @@ def build_model(
     Raises:
         `InputError`: A name or an argument that the architecture does not know.
     """
+    if isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 1:
+        raise InputError(f"num_labels must be a positive integer, got {num_labels!r}.")
     model_args = dict(model_args or {})
     if name.startswith(TIMM_PREFIX):
         import timm
@@ -89,7 +97,7 @@ def build_model(
         pretrained_cfg = timm.models.get_pretrained_cfg(architecture)
         cfg = pretrained_cfg.to_dict() if pretrained_cfg else {"input_size": (3, 224, 224)}
         channels, native, _ = cfg["input_size"]
-        size = image_size or native
+        size = image_size or model_args.get("img_size") or native
         cfg["input_size"] = (model_args.get("in_chans", channels), size, size)
         if cfg.get("fixed_input_size") and size != native:
             model_args.setdefault("img_size", size)
@@ -99,9 +107,10 @@ def build_model(
     else:
         try:
             offline = not os.path.isdir(name) and not hub_is_reachable()
-            config = AutoConfig.from_pretrained(name, num_labels=num_labels, local_files_only=offline)
+            config = AutoConfig.from_pretrained(name, local_files_only=offline)
         except (OSError, ValueError) as error:
             raise InputError(_unknown(name, str(error).strip().splitlines()[0])) from error
+        _set_num_labels(config, num_labels)
         if image_size is not None and hasattr(config, "image_size"):
             model_args.setdefault("image_size", image_size)
         for key, value in model_args.items():
@@ -110,8 +119,9 @@ def build_model(
             setattr(config, key, value)
     try:
         return AutoModelForImageClassification.from_config(config)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise InputError(f"{name!r} can't be built with {model_args or 'these arguments'}: {error}") from error
+    except Exception as error:  # an architecture raises whatever its first failing line does
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{name!r} can't be built with {model_args or 'these arguments'}: {reason}") from error
 
 
 def resolve_name(name: str) -> str:
@@ -144,6 +154,13 @@ def resolve_name(name: str) -> str:
         hub_id = pretrained_cfg.hf_hub_id
         return hub_id + pretrained_cfg.architecture + f".{pretrained_cfg.tag}" if hub_id == TIMM_PREFIX else hub_id
     return name
+
+
+def _set_num_labels(config: PreTrainedConfig, num_labels: int) -> None:
+    """Give `config` classes of no particular name, unless it has as many already."""
+    if config.num_labels != num_labels:
+        config.id2label = {index: f"LABEL_{index}" for index in range(num_labels)}
+        config.label2id = {label: index for index, label in config.id2label.items()}
 
 
 def _unknown(name: str, reason: str) -> str:
@@ -200,7 +217,9 @@ def preprocessing(model: PreTrainedModel) -> Preprocessing:
     try:
         processor = AutoImageProcessor.from_pretrained(config._name_or_path)
     except (OSError, ValueError):
-        mean, std = (0.5,) * channels, (0.5,) * channels
-    else:
-        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-    return Preprocessing(size, mean, std, fixed_size=stated is not None)
+        return Preprocessing(size, (0.5,) * channels, (0.5,) * channels, fixed_size=stated is not None)
+    normalises = getattr(processor, "do_normalize", True)
+    mean = tuple(processor.image_mean) if normalises else (0.0,) * channels
+    std = tuple(processor.image_std) if normalises else (1.0,) * channels
+    interpolation = _RESAMPLING.get(int(getattr(processor, "resample", 3) or 3), "bicubic")
+    return Preprocessing(size, mean, std, interpolation=interpolation, fixed_size=stated is not None)

@@ -134,7 +134,7 @@ def plan_quantization(model: nn.Module, config: QuantizationConfig) -> Quantizat
     edges = _first_and_last(model, [name for name in names if quantized_class(candidates[name])])
     # In evaluation nn.TransformerEncoderLayer hands the weights of its layers to one fused kernel.
     fused = {
-        f"{prefix}.{name}"
+        f"{prefix}.{name}".lstrip(".")
         for prefix, module in model.named_modules()
         if isinstance(module, nn.TransformerEncoderLayer)
         for name, _ in module.named_modules()

@@ -239,12 +239,18 @@ class TestQuantizeModel:
         assert student.quantization_plan.layers[0].signed_input is True
         assert conv_net.quantization_plan.layers[0].signed_input is None
 
-    def test_layers_without_a_quantized_form_are_warned_of_once_and_all(self, caplog):
+    def test_layers_left_in_float_are_warned_of_once_all_and_with_the_reason(self, caplog):
         model = nn.Sequential(nn.ConvTranspose2d(3, 3, 1), nn.Linear(3, 3), nn.Bilinear(3, 3, 3), nn.Linear(3, 3))
         quantize_model(model)
         assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
-            "Left in float, no quantized form of their type is registered: 0, 2."
+            "Left in float: 0 (no quantized form of ConvTranspose2d is registered), "
+            "2 (no quantized form of Bilinear is registered)."
         ]
+
+    def test_layers_left_in_float_as_the_caller_asked_are_not_warned_of(self, caplog):
+        model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(3)], nn.Bilinear(3, 3, 3), nn.Linear(3, 3))
+        quantize_model(model, QuantizationConfig(first_last_bits=None, modules_to_not_convert=["1", "3"]))
+        assert list(quantized_layers(model)) == ["2"] and not caplog.records
 
     def test_an_error_in_the_middle_leaves_the_model_as_it_was(self, conv_net, monkeypatch):
         calls = []
@@ -277,12 +283,23 @@ class TestQuantizeModel:
                 return self.head(self.block(self.stem(x)).mean(1))
 
         torch.manual_seed(0)
-        model, x = Encoder().eval(), randn(6, 5, 8)
+        self.assert_the_same_with_and_without_gradients(Encoder().eval())
+
+    @pytest.mark.parametrize("layers", [0, 2], ids=["one layer", "an encoder"])
+    def test_nor_where_the_transformer_is_the_whole_model(self, layers):
+        torch.manual_seed(0)
+        model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        if layers:
+            model = nn.TransformerEncoder(model, layers)
+        self.assert_the_same_with_and_without_gradients(model.eval())
+
+    def assert_the_same_with_and_without_gradients(self, model):
+        x = randn(6, 5, 8)
         try:
-            quantize_model(model, QuantizationConfig(weight_bits=1, activation_bits=2))
+            quantize_model(model, QuantizationConfig(weight_bits=1, activation_bits=2, first_last_bits=1))
             calibrate(model, [x])
         except InputError as error:
-            assert "block.linear1" in str(error)
+            assert "layer" in str(error)  # refused, loudly
             return
         with torch.no_grad():
             without_gradient = model(x)

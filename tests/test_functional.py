@@ -1,3 +1,4 @@
+import functools
 import json
 import logging
 import math
@@ -496,9 +497,10 @@ class TestFakeQuantize:
     def test_keeps_nothing_for_the_backward_but_its_input_and_the_range(self):
         x, saved = seeded(4, 1000), []
         leaf = x.clone().requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
             fake_quantize(leaf, torch.zeros(4), torch.ones(4), levels=4, channel_axis=0)
-        assert sorted(saved) == [4, 4, 4, 4, 4000]
+        assert sorted(tensor.numel() for tensor in saved) == [4, 4, 4, 4, 4000]
+        assert [t.data_ptr() for t in saved if t.numel() == 4000] == [leaf.data_ptr()]  # the input, not a copy
 
     def test_its_output_may_be_modified_in_place(self):
         # `nn.ReLU(inplace=True)` after a quantizer does it.
@@ -795,6 +797,19 @@ class TestFusedKernels:
                 y = fake_quantize(x, torch.zeros(1), torch.ones(1), 4)
                 assert y.shape == x.shape
         assert functional._compiler_failures == []
+
+    def test_each_variant_has_a_recompilation_limit_of_its_own(self, compiler, monkeypatch):
+        # Twelve variants of the forward's body. Dynamo's own backend stands in for Inductor: it compiles nothing.
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+        monkeypatch.setattr(functional, "_compiled", functools.cache(functional._compiled.__wrapped__))
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            for binary, axis in ((False, None), (True, None), (False, 0)):
+                channels = 1 if axis is None else 2
+                x = seeded(2, 2**14, dtype=dtype)
+                ends = -torch.ones(channels), torch.ones(channels)
+                fake_quantize(x, *ends, 2, binary=binary, channel_axis=axis)
+                assert functional._compiler_failures == [], (dtype, binary, axis)
+        assert functional._compiled.cache_info().currsize == 12
 
     def test_wait_for_tensors_that_are_worth_it(self, broken_compiler):
         broken_compiler(AssertionError("compiled"))

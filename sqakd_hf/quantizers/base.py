@@ -61,11 +61,16 @@ class FakeQuantizer(nn.Module):
         self.num_channels = num_channels if channel_axis is not None else 1
         self.delta = float(delta)
         self.integer_zero_point = integer_zero_point
-        self.signed_is_open = signed is None
+        self.declared_signed = signed
         self.calibrated = False
         # 0-D scalars would do, but FSDP2 shards 1-D tensors and up.
         self.register_buffer("signed_flag", torch.tensor([signed is not False], dtype=torch.uint8))
         self._signed = signed is not False
+
+    @property
+    def signed_is_open(self) -> bool:
+        """Whether the data decides if codes are signed."""
+        return self.declared_signed is None
 
     @property
     def levels(self) -> int:
@@ -220,10 +225,10 @@ class FakeQuantizer(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Forget the range: the quantizer is uncalibrated again."""
+        """Forget the range and what the data said about the sign: the quantizer is as it was created."""
         for tensor in self.range_tensors().values():
             tensor.fill_(float("nan"))
-        self.signed = True
+        self.signed = self.declared_signed is not False
         self.calibrated = False
 
     @torch.no_grad()

@@ -174,6 +174,26 @@ def no_range_no_result(name, role):
         call(x)
 
 
+def reset_forgets_the_range_and_what_the_data_said_about_the_sign(name, role):
+    for bits, signed, axis in itertools.product((1, 4), (True, False, None), (None, 0)):
+        quantizer = create_quantizer(name, bits=bits, role=role, signed=signed, channel_axis=axis)
+        quantizer.signed = quantizer.signed and signed is not None  # open: the data has no negative element
+        quantizer.init_range(batch(quantizer.signed))
+        parameters = list(quantizer.parameters())
+
+        quantizer.reset()
+
+        assert not quantizer.calibrated
+        assert quantizer.signed is (signed is not False), (quantizer, signed)
+        assert quantizer.signed_flag.item() == quantizer.signed
+        assert all(tensor.isnan().all() for tensor in quantizer.range_tensors().values()), quantizer
+        assert all(a is b for a, b in zip(quantizer.parameters(), parameters, strict=True)), quantizer
+        with pytest.raises(InputError, match="no range yet"):
+            quantizer(batch(True))
+        quantizer.init_range(batch(quantizer.signed))
+        assert quantizer(batch(quantizer.signed)).isfinite().all(), quantizer
+
+
 def an_uncalibrated_state_dict_leaves_a_quantizer_uncalibrated(name, role):
     for axis in (None, 0):
         quantizer = calibrated(name, role, bits=2, signed=True, axis=axis)
@@ -374,6 +394,7 @@ LAWS = [
     a_state_dict_restores_values_sign_and_range,
     a_float_state_dict_leaves_the_range_alone,
     no_range_no_result,
+    reset_forgets_the_range_and_what_the_data_said_about_the_sign,
     an_uncalibrated_state_dict_leaves_a_quantizer_uncalibrated,
     ranges_stay_float32_and_the_same_under_every_cast,
     training_goes_on_after_a_cast,
