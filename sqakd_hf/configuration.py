@@ -168,7 +168,7 @@ class QuantizationConfig(QuantizationConfigMixin):
                 FORMAT_VERSION,
                 ", ".join(unknown) or "nothing",
             )
-            config_dict = {key: value for key, value in config_dict.items() if key in known}
+            config_dict = {key: value for key, value in config_dict.items() if key in known - {"format_version"}}
         elif unknown:
             close = "".join(suggest(key, known) for key in unknown)
             raise InputError(f"Unknown quantization config keys: {', '.join(unknown)}.{close}")

@@ -94,7 +94,9 @@ def quantizers(model: nn.Module) -> list[FakeQuantizer]:
 def record_signedness(model: nn.Module) -> None:
     """Bring the plan of `model` up to date with what its input quantizers found or were loaded with."""
     # The plan lives where quantize_model was called, which a wrapper (DDP, a compiled model) holds as a child.
-    owner = next(module for module in model.modules() if "quantization_plan" in vars(module))
+    owner = next((module for module in model.modules() if "quantization_plan" in vars(module)), None)
+    if owner is None:
+        return  # layers that were put in by hand
     found = {
         name: layer.input_quantizer.signed
         for name, layer in quantized_layers(owner).items()
@@ -237,7 +239,7 @@ def _batch_statistics(batch_norms: list[nn.Module], keep_running: bool) -> Itera
     momenta = [module.momentum for module in batch_norms]
     running = [{name: buffer.clone() for name, buffer in module.named_buffers()} for module in batch_norms]
     for module in batch_norms:
-        module.train()
+        module.training = True  # not train(), which reaches children of subclasses
         if not keep_running and module.track_running_stats:
             module.reset_running_stats()
             module.momentum = None
@@ -248,7 +250,7 @@ def _batch_statistics(batch_norms: list[nn.Module], keep_running: bool) -> Itera
         raise
     finally:
         for module, momentum, buffers in zip(batch_norms, momenta, running, strict=True):
-            module.eval()
+            module.training = False
             module.momentum = momentum
             if keep_running:
                 for name, buffer in module.named_buffers():

@@ -159,8 +159,7 @@ def resolve_name(name: str) -> str:
 def _set_num_labels(config: PreTrainedConfig, num_labels: int) -> None:
     """Give `config` classes of no particular name, unless it has as many already."""
     if config.num_labels != num_labels:
-        config.id2label = {index: f"LABEL_{index}" for index in range(num_labels)}
-        config.label2id = {label: index for index, label in config.id2label.items()}
+        config.num_labels = num_labels
 
 
 def _unknown(name: str, reason: str) -> str:
@@ -221,5 +220,6 @@ def preprocessing(model: PreTrainedModel) -> Preprocessing:
     normalises = getattr(processor, "do_normalize", True)
     mean = tuple(processor.image_mean) if normalises else (0.0,) * channels
     std = tuple(processor.image_std) if normalises else (1.0,) * channels
-    interpolation = _RESAMPLING.get(int(getattr(processor, "resample", 3) or 3), "bicubic")
+    resample = getattr(processor, "resample", None)
+    interpolation = "bicubic" if resample is None else _RESAMPLING.get(int(resample), "bicubic")
     return Preprocessing(size, mean, std, interpolation=interpolation, fixed_size=stated is not None)

@@ -458,6 +458,26 @@ class TestRanges:
         # float32 reductions in another order.
         torch.testing.assert_close(model.b.input_quantizer.scale, expected.view(1), rtol=1e-5, atol=0)
 
+    @pytest.mark.parametrize("how", ["by keyword", "behind a hook"])
+    def test_come_from_what_the_layer_gets_however_it_is_called(self, how):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.fc = nn.Linear(6, 3)
+
+            def forward(self, x):
+                return self.fc(input=3 * x) if how == "by keyword" else self.fc(x)
+
+        torch.manual_seed(0)
+        model, x = Net(), randn(8, 6)
+        if how == "behind a hook":
+            model.fc.register_forward_pre_hook(lambda _, args: (3 * args[0],))
+        quantize_model(model, QuantizationConfig(first_last_bits=3))
+        calibrate(model, [x])
+        # 3 bits signed: Q_p = 3. float32 reductions in another order.
+        expected = 2 * (3 * x).abs().mean().view(1) / math.sqrt(3)
+        torch.testing.assert_close(model.fc.input_quantizer.scale.detach(), expected, rtol=1e-6, atol=0)
+
     def test_learn_and_have_no_gradient_yet(self, conv_net, images):
         quantize_model(conv_net, QuantizationConfig(quantizer="ewgs"))
         calibrate(conv_net, [images])

@@ -437,7 +437,7 @@ class TestPreprocessing:
             found = preprocessing(model)
             assert (found.mean, found.std, found.image_size) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 16)
 
-    @pytest.mark.parametrize(("resample", "name"), [(2, "bilinear"), (3, "bicubic")])
+    @pytest.mark.parametrize(("resample", "name"), [(0, "nearest"), (2, "bilinear"), (3, "bicubic")])
     def test_of_a_native_model_resamples_as_its_processor_does(self, vit, tmp_path, resample, name):
         folder = self.save_with_processor(vit, tmp_path, resample=resample)
         assert preprocessing(load_teacher(folder)).interpolation == name

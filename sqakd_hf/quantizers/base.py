@@ -325,7 +325,7 @@ def create_quantizer(
     Examples:
         >>> quantizer = create_quantizer("lsq", bits=2, role="weight")
         >>> quantizer.init_range(torch.tensor([-1.0, 0.5, 1.5]))
-        >>> quantizer(torch.tensor([-0.2, 0.9])).tolist()
+        >>> quantizer(torch.tensor([-0.2, 1.1])).tolist()
         [0.0, 2.0]
     """
     cls = _REGISTRY.get((name, role))

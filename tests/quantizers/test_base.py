@@ -753,6 +753,12 @@ class TestPieces:
         quantizer = calibrated("lsq", role, bits=2, signed=True, axis=axis)
         assert quantizer.elements_per_sample(torch.zeros(SHAPE)) == expected
 
+    def test_a_range_is_copied_from_what_it_is_set_to(self):
+        quantizer, value = create_quantizer("lsq", bits=2, role="weight"), torch.ones(1)
+        quantizer.set_range(scale=value)
+        value.fill_(9.0)
+        assert quantizer.scale.item() == 1.0
+
     def test_the_description_says_what_it_is(self):
         quantizer = create_quantizer("lsq", bits=3, role="activation", signed=False, channel_axis=1)
         assert repr(quantizer) == "LSQ(activation, 3 bits, unsigned, per channel (axis 1), no range yet)"
