@@ -91,7 +91,7 @@ class TestRun:
         )["arguments"]
         assert results["quantizer"] == "ewgs" and results["weight_bits"] == 3 and results["activation_bits"] is None
         assert results["first_last_bits"] is None and results["quantizer_kwargs"] == {"delta": 0.01}
-        assert results["overrides"] == {"layer4": {"weight_bits": 4}}
+        assert results["overrides"] == [["layer4", {"weight_bits": 4}]]
         assert results["modules_to_not_convert"] == ["layer1"]
         assert results["per_channel"] is False and results["integer_zero_point"] is False
 
