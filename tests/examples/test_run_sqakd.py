@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -31,7 +32,12 @@ def run(monkeypatch, tmp_path):
         script.main()
         return json.loads((folder / "results.json").read_text())
 
-    return call
+    loggers = [logging.getLogger(name) for name in ("run_sqakd", "sqakd_hf")]
+    before = [(logger.level, list(logger.handlers)) for logger in loggers]
+    yield call
+    for logger, (level, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
 
 
 @pytest.fixture(scope="module")
