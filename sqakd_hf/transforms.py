@@ -118,9 +118,9 @@ class ImageTransform:
         except (*DECODING_ERRORS, PIL.Image.DecompressionBombError) as error:
             path = value.get("path") if isinstance(value, dict) else None
             what = f"Image '{path}'" if path else f"Image number {number} of the batch"
+            reason = str(error).rstrip(".") or type(error).__name__
             raise InputError(
-                f"{what} can't be read ({str(error) or type(error).__name__}); accepted are image files that Pillow "
-                "opens. Remove or replace it."
+                f"{what} can't be read ({reason}); accepted are image files that Pillow opens. Remove or replace it."
             ) from error
 
     def _warn_of_channels(self, image: "PIL.Image.Image") -> None:

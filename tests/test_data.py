@@ -58,6 +58,11 @@ class TestSplits:
         share = np.bincount(digits.test["label"][:]) / np.bincount([*digits.train["label"], *digits.test["label"]])
         assert np.allclose(share, 0.2, atol=0.01)  # 180 images a class: one image is 0.006
 
+    @pytest.mark.parametrize("label", [[0] + [1] * 9, [0] * 9 + [1]], ids=str)
+    def test_the_one_image_of_the_first_or_last_class_is_trained_on(self, load, label):
+        for seed in range(10):
+            assert set(load({"train": image_dataset(10, label=label)}, seed=seed).train["label"]) == {0, 1}
+
     def test_unlabelled_images_are_split_too_and_keep_their_order(self, load):
         data = load({"train": image_dataset(10)})
         assert data.train.column_names == data.test.column_names == ["image"] and data.class_names is None
@@ -87,8 +92,10 @@ class TestSplits:
         assert len(load(splits).test) == 2
 
     def test_the_test_split_comes_before_a_validation_split_and_both_may_be_named(self, load):
-        splits = {name: image_dataset(count) for count, name in enumerate(("train", "validation", "test", "zoo"), 1)}
+        names = ("train", "validation", "test", "zoo", "val")
+        splits = {name: image_dataset(count) for count, name in enumerate(names, start=1)}
         assert len(load(splits).test) == 3
+        assert len(load({name: splits[name] for name in ("train", "val", "validation")}).test) == 2
         data = load(splits, train_split="validation", test_split="zoo")
         assert (len(data.train), len(data.test)) == (2, 4)
 
@@ -142,6 +149,11 @@ class TestColumns:
         data = load(dataset, image_column="photo", label_column="kind")
         assert first_pixels(data.train) == [9, 9]
         assert data.class_names == ["bat", "owl"] and data.train["label"][:] == [1, 0]
+
+    def test_strings_are_classes_in_alphabetical_order(self, load):
+        data = load(image_dataset(6, kind=["owl", "bat", "emu", "bat", "ant", "fox"]), label_column="kind")
+        assert data.class_names == ["ant", "bat", "emu", "fox", "owl"]
+        assert data.train["label"][:] == [4, 1, 2, 1, 0, 3]
 
     def test_the_format_that_a_dataset_was_saved_with_does_not_matter(self, load):
         data = load(image_dataset(3, label=[1, 0, 2]).with_format("numpy"))

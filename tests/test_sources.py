@@ -15,7 +15,7 @@ import pytest
 
 from sqakd_hf import sources
 from sqakd_hf.errors import InputError
-from sqakd_hf.sources import load_splits
+from sqakd_hf.sources import load_splits, reason
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +115,11 @@ class TestFolder:
         splits = load(write_images(tmp_path / "photos", 10), train_split="all")
         assert sizes(splits) == {"all": 10} and splits["all"].column_names == ["image"]
         assert [Path(item["path"]).name for item in splits["all"]["image"]] == [f"{i:02d}.png" for i in range(10)]
+
+    def test_the_images_of_a_relative_folder_are_found_from_elsewhere(self, tmp_path, monkeypatch):
+        write_images(tmp_path / "photos", 1)
+        monkeypatch.chdir(tmp_path)
+        assert load("photos")["train"][0]["image"]["path"] == str(tmp_path / "photos" / "00.png")
 
     def test_sub_folders_are_classes(self, tmp_path):
         write_images(tmp_path / "dog", 10)
@@ -317,6 +322,15 @@ class TestHub:
             load("someone/pets", config_name="small")
         assert asked == [("someone/pets", "small", not reachable)] and datasets.config.HF_HUB_OFFLINE is False
 
+    @pytest.mark.parametrize("error", [OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError])
+    def test_a_dataset_that_can_not_be_read_is_reported(self, monkeypatch, error):
+        def load_dataset(*arguments):
+            raise error("No scripts.") from None
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        with pytest.raises(InputError, match=r"'someone/pets' \(config_name=None\) can't be loaded: No scripts\. Acc"):
+            load("someone/pets")
+
     def test_the_offline_mode_of_datasets_is_kept(self, monkeypatch):
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         monkeypatch.setattr(sources, "hub_is_reachable", lambda: True)
@@ -339,3 +353,14 @@ class TestHub:
         assert sizes(load("someone/pets")) == {"train": 4}
         with pytest.raises(InputError, match=r"'someone/pets' \(config_name='small'\) can't be loaded: .*default"):
             load("someone/pets", config_name="small")
+
+
+class TestReason:
+    def test_it_is_the_cause_on_one_line(self):
+        error = ValueError("outer")
+        assert reason(error) == "outer"
+        error.__cause__ = OSError("a\n  b.")
+        assert reason(error) == "a b"
+
+    def test_an_error_without_message_is_named(self):
+        assert reason(EOFError()) == "EOFError"
