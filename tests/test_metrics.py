@@ -28,9 +28,12 @@ class TestTopKAccuracy:
 
     def test_equal_logits_count_for_the_first_classes(self):
         # Otherwise a dead network, whose logits are all the same, would be right about every label.
-        flat = [[0.0, 0.0, 0.0]] * 3
-        assert TopKAccuracy().compute(predictions=flat, references=[0, 1, 2]) == {"top1_accuracy": 1 / 3}
-        assert TopKAccuracy().compute(predictions=flat, references=[0, 1, 2], k=2) == {"top2_accuracy": 2 / 3}
+        flat = [[0.0] * 1000] * 4
+        assert TopKAccuracy().compute(predictions=flat, references=[0, 0, 1, 999]) == {"top1_accuracy": 0.5}
+        assert TopKAccuracy().compute(predictions=flat, references=[0, 1, 998, 999], k=2) == {"top2_accuracy": 0.5}
+        assert TopKAccuracy().compute(predictions=flat, references=[0, 3, 4, 999], k=5) == {"top5_accuracy": 0.75}
+        saturated = [[float(i % 3) for i in range(1000)]] * 4  # the largest: classes 2, 5, 8 ...
+        assert TopKAccuracy().compute(predictions=saturated, references=[2, 5, 8, 998], k=2) == {"top2_accuracy": 0.5}
 
     @pytest.mark.parametrize("convert", [list, np.asarray, torch.tensor], ids=["list", "numpy", "torch"])
     def test_takes_lists_arrays_and_tensors(self, convert):

@@ -696,6 +696,14 @@ class TestState:
         with pytest.raises(RuntimeError, match="size mismatch for lower"):
             create_quantizer("ewgs", bits=2, role="weight").load_state_dict(state)
 
+    @pytest.mark.parametrize("name", ["lower", "upper"])
+    def test_a_range_with_a_gap_counts_as_no_range(self, name):
+        state = calibrated("ewgs", "weight", bits=2, signed=True, axis=0).state_dict()
+        state[name][1] = float("nan")
+        fresh = create_quantizer("ewgs", bits=2, role="weight", channel_axis=0)
+        fresh.load_state_dict(state)
+        assert not fresh.calibrated
+
     def test_the_optimizer_still_holds_the_parameters_after_loading(self):
         state = calibrated("ewgs", "weight", bits=2, signed=True, axis=0).state_dict()
         fresh = create_quantizer("ewgs", bits=2, role="weight", channel_axis=0)

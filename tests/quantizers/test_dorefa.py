@@ -124,6 +124,12 @@ class TestDoReFaWeight:
             torch.testing.assert_close(y[:, 0].detach(), w[:, 0], rtol=1e-6, atol=0)  # float32
             assert (leaf.grad > 0).all(), bits  # a rounding beyond the end would have cut it
 
+    @pytest.mark.parametrize("axis", [None, 0])
+    def test_no_rounding_carries_a_weight_beyond_the_range(self, axis):
+        w = normal(1000, 9)
+        quantizer = calibrated(w, bits=4, role="weight", channel_axis=axis)
+        assert torch.equal(quantizer.rows(quantizer.transform(w)).abs().amax(1), quantizer.magnitude)
+
     def test_the_range_stays_while_the_weights_grow(self):
         w = normal(40)
         quantizer = calibrated(w, bits=4, role="weight")
