@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from .configuration import QuantizationConfig
 from .errors import InputError
 from .layers import QuantizedLayer, quantized_class
-from .plan import LayerPlan, QuantizationPlan, plan_quantization
+from .plan import FIRST_OR_LAST, NOT_CONVERTED, LayerPlan, QuantizationPlan, plan_quantization
 from .quantizers import FakeQuantizer, create_quantizer
 
 
@@ -56,9 +56,8 @@ def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -
                 parent._modules[name] = twins[child]
     model.quantization_plan = plan
     config.record(model)
-    # What the caller asked for is no surprise; everything else is said.
-    asked = ("listed in modules_to_not_convert", "first or last layer")
-    left = [f"{layer.name} ({layer.skipped})" for layer in plan.skipped if layer.skipped not in asked]
+    asked_for = (NOT_CONVERTED, FIRST_OR_LAST)
+    left = [f"{layer.name} ({layer.skipped})" for layer in plan.skipped if layer.skipped not in asked_for]
     if left:
         logger.warning("Left in float: %s.", ", ".join(left))
     logger.info("Quantized %s.", plan.summary())
@@ -126,7 +125,7 @@ def calibrate_model(
 
     BatchNorm: while ranges are set, it normalises by the batch, as it will in training. Its running statistics stay
     those of the float network, which is what "calibrated only" usually means; training updates them.
-    `reestimate_batch_norm=True` replaces them, in a second pass, by the average over the batches: a much stronger
+    `reestimate_batch_norm=True` replaces them, in a second pass, by the average over the batches: often a stronger
     student without any training.
 
     All else (dropout, stochastic depth) is in eval mode. The model's own train/eval mode is restored.

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import InputError, suggest
-from .sources import VALIDATION_SPLITS, load_splits, quote, reason
+from .errors import InputError, quote, reason, suggest
+from .sources import VALIDATION_SPLITS, load_splits
 
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 
-from .errors import InputError, suggest
+from .errors import InputError, first_line, suggest
 from .hub import hub_is_reachable
 
 
@@ -61,13 +61,12 @@ def load_teacher(name: str, num_labels: int | None = None, **kwargs: Any) -> Pre
             source, config=config, local_files_only=offline, **kwargs
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         where = "The folder" if os.path.isdir(source) else "Neither the Hub nor the local cache"
         verb = "has no" if os.path.isdir(source) else "gives"
         raise WeightsNotFoundError(
             f"{where} {verb} trained weights for {name!r}"
             + (f" ({source})" if source != name else "")
-            + f": {reason} Check the name and the connection, or pass a folder with a trained model."
+            + f": {first_line(error)} Check the name and the connection, or pass a folder with a trained model."
         ) from error
 
 
@@ -109,7 +108,7 @@ def build_model(
             offline = not os.path.isdir(name) and not hub_is_reachable()
             config = AutoConfig.from_pretrained(name, local_files_only=offline)
         except (OSError, ValueError) as error:
-            raise InputError(_unknown(name, str(error).strip().splitlines()[0])) from error
+            raise InputError(_unknown(name, first_line(error))) from error
         _set_num_labels(config, num_labels)
         if image_size is not None and hasattr(config, "image_size"):
             model_args.setdefault("image_size", image_size)

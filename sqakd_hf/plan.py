@@ -13,6 +13,11 @@ from .errors import InputError
 from .layers import QuantizedLayer, quantized_class
 
 
+# The reasons that the caller gave; all others are worth a warning.
+NOT_CONVERTED = "listed in modules_to_not_convert"
+FIRST_OR_LAST = "first or last layer"
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """One layer's line in the plan.
@@ -148,7 +153,7 @@ def _plan_layer(name: str, module: nn.Module, config: QuantizationConfig, is_edg
     base = {"name": name, "layer_type": type(module).__name__, "num_weights": module.weight.numel()}
     overrides = [options for pattern, options in config.overrides.items() if matches(name, pattern)]
     if any(matches(name, pattern) for pattern in config.modules_to_not_convert):
-        return LayerPlan(**base, skipped="listed in modules_to_not_convert")
+        return LayerPlan(**base, skipped=NOT_CONVERTED)
     if "weight" not in module._parameters:
         return LayerPlan(**base, skipped="its weight is computed by a parametrization")
     if quantized_class(module) is None:
@@ -156,7 +161,7 @@ def _plan_layer(name: str, module: nn.Module, config: QuantizationConfig, is_edg
     if is_fused:
         return LayerPlan(**base, skipped="nn.TransformerEncoderLayer computes it in a fused kernel")
     if is_edge and config.first_last_bits is None and not overrides:
-        return LayerPlan(**base, skipped="first or last layer")
+        return LayerPlan(**base, skipped=FIRST_OR_LAST)
     options = config.layer_options()
     if is_edge and config.first_last_bits is not None:
         options["weight_bits"] = config.first_last_bits

@@ -5,14 +5,14 @@ import io
 import logging
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import InputError, suggest
+from .errors import InputError, quote, reason, suggest
 from .hub import hub_is_reachable
 
 
@@ -254,14 +254,3 @@ def _load_from_hub(name: str, repo_id: str, config_name: str | None) -> "dict[st
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
-
-
-def quote(names: Iterable[str]) -> str:
-    """Return the names quoted and separated by commas, for a message."""
-    return ", ".join(map(repr, names))
-
-
-def reason(error: BaseException) -> str:
-    """Return the message of an error, or of what caused it, on one line and without a full stop."""
-    message = " ".join(str(error.__cause__ or error).split()).rstrip(".")
-    return message or type(error).__name__

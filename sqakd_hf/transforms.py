@@ -1,16 +1,17 @@
 """From encoded images to the normalised tensors that a model takes."""
 
+import functools
 import logging
 import struct
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from .errors import InputError, suggest
+from .errors import InputError, quote, reason, suggest
 
 
 if TYPE_CHECKING:
@@ -70,7 +71,6 @@ class ImageTransform:
         self._check()
         self._mode = "RGB" if len(self.mean) == 3 else "L"
         self._reshape = _build_reshape(self.size, self.crop_pct, self.interpolation, self.augment)
-        self._warned_of_channels = False
 
     def without_augmentation(self) -> "ImageTransform":
         """Return a copy with `augment="none"`, for evaluation."""
@@ -91,7 +91,7 @@ class ImageTransform:
         """
         if "image" not in batch:
             raise InputError(
-                f"ImageTransform needs the column 'image', got {_quote(sorted(batch))}. Keep that column; with a "
+                f"ImageTransform needs the column 'image', got {quote(sorted(batch))}. Keep that column; with a "
                 "Trainer set remove_unused_columns=False."
             )
         images = [self._decode(value, number) for number, value in enumerate(batch["image"], start=1)]
@@ -118,24 +118,21 @@ class ImageTransform:
         except (*DECODING_ERRORS, PIL.Image.DecompressionBombError) as error:
             path = value.get("path") if isinstance(value, dict) else None
             what = f"Image '{path}'" if path else f"Image number {number} of the batch"
-            reason = str(error).rstrip(".") or type(error).__name__
             raise InputError(
-                f"{what} can't be read ({reason}); accepted are image files that Pillow opens. Remove or replace it."
+                f"{what} can't be read ({reason(error)}); accepted are image files that Pillow opens. "
+                "Remove or replace it."
             ) from error
 
     def _warn_of_channels(self, image: "PIL.Image.Image") -> None:
-        """Warn, the first time only, that images have other channels than the model."""
+        """Warn that images have other channels than the model."""
         is_grey = image.mode in GREY_MODES or image.mode.startswith("I;16")
-        if self._warned_of_channels or is_grey == (self._mode == "L"):
-            return
-        self._warned_of_channels = True
-        if is_grey:
-            logger.warning(
+        if is_grey and self._mode == "RGB":
+            warn_once(
                 "Grey images are converted to RGB for a model with 3 input channels. A model with 1 input channel "
                 "would compute less. (Said once.)"
             )
-        else:
-            logger.warning(
+        elif not is_grey and self._mode == "L":
+            warn_once(
                 "Colour images are converted to grey for a model with 1 input channel. To keep the colours use a "
                 "model with 3. (Said once.)"
             )
@@ -168,9 +165,15 @@ class ImageTransform:
         ):
             if value not in known:
                 raise InputError(
-                    f"Unknown {argument} {value!r}; accepted are {_quote(known)}."
+                    f"Unknown {argument} {value!r}; accepted are {quote(known)}."
                     f"{suggest(value, known) or ' Use one of them.'}"
                 )
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning the first time a process asks for it, however many transforms it has."""
+    logger.warning(message)
 
 
 def _build_reshape(size: int, crop_pct: float, interpolation: str, augment: str) -> torch.nn.Module:
@@ -202,7 +205,3 @@ def _convert_mode(image: "PIL.Image.Image", mode: str) -> "PIL.Image.Image":
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
     return image.convert(mode)
-
-
-def _quote(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))

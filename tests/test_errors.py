@@ -1,6 +1,6 @@
 import pytest
 
-from sqakd_hf.errors import InputError, check_bits, suggest
+from sqakd_hf.errors import InputError, check_bits, reason, suggest
 
 
 class TestInputError:
@@ -40,3 +40,14 @@ class TestSuggest:
 
     def test_takes_any_object_and_any_iterable(self):
         assert suggest(None, iter(["none", "ewgs"])) == " Did you mean 'none'?"
+
+
+class TestReason:
+    def test_it_is_the_cause_on_one_line(self):
+        error = ValueError("outer")
+        assert reason(error) == "outer"
+        error.__cause__ = OSError("a\n  b.")
+        assert reason(error) == "a b"
+
+    def test_an_error_without_message_is_named(self):
+        assert reason(EOFError()) == "EOFError"

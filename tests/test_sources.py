@@ -15,7 +15,7 @@ import pytest
 
 from sqakd_hf import sources
 from sqakd_hf.errors import InputError
-from sqakd_hf.sources import load_splits, reason
+from sqakd_hf.sources import load_splits
 
 
 @pytest.fixture(autouse=True)
@@ -353,14 +353,3 @@ class TestHub:
         assert sizes(load("someone/pets")) == {"train": 4}
         with pytest.raises(InputError, match=r"'someone/pets' \(config_name='small'\) can't be loaded: .*default"):
             load("someone/pets", config_name="small")
-
-
-class TestReason:
-    def test_it_is_the_cause_on_one_line(self):
-        error = ValueError("outer")
-        assert reason(error) == "outer"
-        error.__cause__ = OSError("a\n  b.")
-        assert reason(error) == "a b"
-
-    def test_an_error_without_message_is_named(self):
-        assert reason(EOFError()) == "EOFError"

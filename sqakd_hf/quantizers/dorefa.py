@@ -9,7 +9,7 @@ import torch
 
 from ..functional import Grid
 from .base import FakeQuantizer, register_quantizer
-from .lsq import widen
+from .statistics import widen
 
 
 class _FixedRange(FakeQuantizer):

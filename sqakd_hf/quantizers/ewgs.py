@@ -10,7 +10,7 @@ import torch
 
 from ..functional import MIN_RANGE
 from .base import FakeQuantizer, register_quantizer
-from .lsq import standard_deviation, widen
+from .statistics import standard_deviation, widen
 
 
 # The mean-free half-normal of a rectified activation has this fraction of the underlying deviation.

@@ -7,7 +7,7 @@ the paper, and registered there.
 import torch
 
 from .base import FakeQuantizer, register_quantizer
-from .lsq import widen
+from .statistics import widen
 
 
 @register_quantizer("pact", role="activation")

@@ -8,7 +8,8 @@ import torch
 
 from sqakd_hf.functional import MIN_RANGE
 from sqakd_hf.quantizers import create_quantizer
-from sqakd_hf.quantizers.lsq import code_bounds, scale_gradient, standard_deviation, widen
+from sqakd_hf.quantizers.lsq import code_bounds, scale_gradient
+from sqakd_hf.quantizers.statistics import standard_deviation, widen
 
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "quantizer_vectors.json").read_text())["vectors"]
