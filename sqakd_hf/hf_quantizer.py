@@ -29,12 +29,17 @@ class SQAKDHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         quantize_model(model, self.quantization_config)
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         if not self.pre_quantized:
             # A float checkpoint has no ranges: nothing to report as missing.
             ranges = [rf"{name}\.(weight|input)_quantizer\." for name in quantized_layers(model)]
             model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or []), *ranges]
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
+        for name, parameter in model.named_parameters():
+            # transformers 5.17 leaves renamed weights of quantized models in the dtype of their file.
+            if parameter.dtype != self._dtypes[name]:
+                parameter.data = parameter.data.to(self._dtypes[name])
         for quantizer in quantizers(model):
             # transformers fills what a checkpoint lacks with uninitialised memory, and marks what it loaded.
             tensors = quantizer.state_dict(keep_vars=True).values()

@@ -139,6 +139,7 @@ class TestImport:
         """What a fresh interpreter prints, logs and loads: on import, and on the first use of a lazy name."""
         code = (
             "import json, logging, random, sys\n"
+            "import transformers.quantizers\n"  # which may draw random numbers itself
             "logging.basicConfig(level=logging.INFO, stream=sys.stderr)\n"
             "state = random.getstate()\n"
             "import sqakd_hf\n"
