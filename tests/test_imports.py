@@ -16,7 +16,7 @@ ROOT = Path(sqakd_hf.__file__).parent
 # A module imports from lower layers only; the modules of the package `quantizers` count as one.
 LAYERS = [
     {"errors", "functional", "hub"},
-    {"losses", "quantizers"},
+    {"losses", "quantizers", "packing"},
     {"metrics", "layers", "configuration", "collator"},
     {"plan"},
     {"convert", "report", "transforms", "sources"},
