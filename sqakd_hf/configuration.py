@@ -5,12 +5,13 @@ import inspect
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig
+from transformers.quantizers import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import InputError, check_bits, suggest
@@ -19,7 +20,8 @@ from .quantizers import FakeQuantizer, create_quantizer, list_quantizers
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+# 1: float latents alone. 2: `stored` says what each layer is and how its weights are stored.
+FORMAT_VERSION = 2
 LAYER_FIELDS = ("quantizer", "weight_bits", "activation_bits", "per_channel", "integer_zero_point", "quantizer_kwargs")
 
 
@@ -45,6 +47,8 @@ class QuantizationConfig(QuantizationConfigMixin):
         quantizer_kwargs (`dict`, *optional*): Options of the quantizer, such as `{"delta": 0.0}`.
         integer_zero_point (`bool`, *optional*, defaults to `True`): Keep zero exactly on the grid of activations, as
             integer kernels want it; `False` is the papers' free range.
+        stored (`dict`, *optional*): Written on saving, read on loading: what each layer is, the format of the
+            weights, and checksums. Quantizing another model with a saved config leaves it aside.
 
     Raises:
         `InputError`: For a value that is not accepted, naming the field.
@@ -66,6 +70,7 @@ class QuantizationConfig(QuantizationConfigMixin):
     integer_zero_point: bool = True
     quant_method: str = field(default="sqakd", kw_only=True)
     format_version: int = FORMAT_VERSION
+    stored: dict[str, Any] | None = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         self.overrides = {} if self.overrides is None else self.overrides
@@ -83,7 +88,9 @@ class QuantizationConfig(QuantizationConfigMixin):
         version = self.format_version
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
             raise InputError(f"format_version must be a positive integer, got {version!r}.")
-        self._check_layer_options(self.layer_options())
+        if self.stored is not None and not isinstance(self.stored, dict):
+            raise InputError(f"stored must be what saving wrote, or None; got {self.stored!r}.")
+        self.check_layer_options(self.layer_options())
         # JSON writers sort the keys of objects, but the order of the overrides counts: saved as pairs.
         if isinstance(self.overrides, list) and all(
             isinstance(p, list | tuple) and len(p) == 2 for p in self.overrides
@@ -102,10 +109,11 @@ class QuantizationConfig(QuantizationConfigMixin):
                         f"overrides[{pattern!r}] has the unknown option {key!r}; accepted: {', '.join(LAYER_FIELDS)}."
                         + suggest(key, LAYER_FIELDS)
                     )
-            self._check_layer_options({**self.layer_options(), **options}, f"overrides[{pattern!r}]: ")
+            self.check_layer_options({**self.layer_options(), **options}, f"overrides[{pattern!r}]: ")
 
     @staticmethod
-    def _check_layer_options(options: dict[str, Any], where: str = "") -> None:
+    def check_layer_options(options: dict[str, Any], where: str = "") -> None:
+        """Raise `InputError` for a layer option that is not accepted, naming it after the prefix `where`."""
         check_bits(options["weight_bits"], f"{where}weight_bits")
         if options["activation_bits"] is not None:
             check_bits(options["activation_bits"], f"{where}activation_bits (None leaves activations in float)")
@@ -136,9 +144,10 @@ class QuantizationConfig(QuantizationConfigMixin):
         return {name: getattr(self, name) for name in LAYER_FIELDS}
 
     def record(self, model: nn.Module) -> None:
-        """Write this config into the config of a transformers `model`, so that it is saved and found again."""
+        """Make a transformers `model` one that saves its weights packed, with this config in its `config.json`."""
         if isinstance(getattr(model, "config", None), PretrainedConfig):
-            model.config.quantization_config = self
+            model.config.quantization_config = self if self.stored is None else replace(self, stored=None)
+            model.hf_quantizer = AutoHfQuantizer.from_config(model.config.quantization_config, pre_quantized=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict of all fields; `overrides` as a list of `[pattern, options]` pairs, in order."""
@@ -161,6 +170,11 @@ class QuantizationConfig(QuantizationConfigMixin):
         version = config_dict.get("format_version", FORMAT_VERSION)
         unknown = sorted(set(config_dict) - known)
         if isinstance(version, int) and version > FORMAT_VERSION:
+            if config_dict.get("stored") is not None:
+                raise InputError(
+                    f"The weights are stored in format version {version}, this sqakd_hf reads up to {FORMAT_VERSION}. "
+                    "Upgrade with `pip install -U sqakd_hf`."
+                )
             logger.warning(
                 "This quantization config has format version %d, this sqakd_hf reads up to %d and ignores: %s. "
                 "Upgrade with `pip install -U sqakd_hf`.",

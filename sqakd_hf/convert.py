@@ -46,15 +46,7 @@ def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -
     if not isinstance(config, QuantizationConfig):
         raise InputError(f"config must be a QuantizationConfig, got {type(config).__name__}.")
     plan = plan_quantization(model, config)
-    modules = dict(model.named_modules())
-    # Build every layer before the first is put in place: an error leaves the model as it was.
-    twins = {modules[layer.name]: _quantize_layer(modules[layer.name], layer) for layer in plan.quantized}
-    for parent in [*model.modules(), *twins.values()]:
-        # Not named_children(), which names a shared child once.
-        for name, child in parent._modules.items():
-            if child in twins:
-                parent._modules[name] = twins[child]
-    model.quantization_plan = plan
+    apply_plan(model, plan)
     config.record(model)
     asked_for = (NOT_CONVERTED, FIRST_OR_LAST)
     left = [f"{layer.name} ({layer.skipped})" for layer in plan.skipped if layer.skipped not in asked_for]
@@ -64,20 +56,45 @@ def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -
     return plan
 
 
+def apply_plan(model: nn.Module, plan: QuantizationPlan) -> None:
+    """Replace the layers of `model` as `plan` says, in place, and keep it as `model.quantization_plan`."""
+    modules = dict(model.named_modules())
+    # Build every layer before the first is put in place: an error leaves the model as it was.
+    twins = {modules[layer.name]: _quantize_layer(modules[layer.name], layer) for layer in plan.quantized}
+    for parent in [*model.modules(), *twins.values()]:
+        # Not named_children(), which names a shared child once.
+        for name, child in parent._modules.items():
+            if child in twins:
+                parent._modules[name] = twins[child]
+    model.quantization_plan = plan
+
+
 def _quantize_layer(layer: nn.Module, plan: LayerPlan) -> QuantizedLayer:
     cls = quantized_class(layer)
-    options = {"integer_zero_point": plan.integer_zero_point, **plan.quantizer_kwargs}
-    per_channel = {"channel_axis": cls.channel_axis, "num_channels": layer.weight.shape[cls.channel_axis]}
     device = layer.weight.device
-    weight_quantizer = create_quantizer(
-        plan.quantizer, bits=plan.weight_bits, role="weight", **(per_channel if plan.per_channel else {}), **options
-    ).to(device)
+    weight_quantizer = create_weight_quantizer(plan, cls, layer.weight.shape).to(device)
     input_quantizer = None
     if plan.activation_bits is not None:
         input_quantizer = create_quantizer(
-            plan.quantizer, bits=plan.activation_bits, role="activation", signed=None, **options
+            plan.quantizer, bits=plan.activation_bits, role="activation", signed=None, **_options(plan)
         ).to(device)
     return cls.from_float(layer, weight_quantizer, input_quantizer)
+
+
+def create_weight_quantizer(plan: LayerPlan, cls: type[QuantizedLayer], shape: torch.Size) -> FakeQuantizer:
+    """Create the quantizer that `plan` wants for a weight of this shape, without a range."""
+    per_channel = {"channel_axis": cls.channel_axis, "num_channels": shape[cls.channel_axis]}
+    return create_quantizer(
+        plan.quantizer,
+        bits=plan.weight_bits,
+        role="weight",
+        **(per_channel if plan.per_channel else {}),
+        **_options(plan),
+    )
+
+
+def _options(plan: LayerPlan) -> dict[str, Any]:
+    return {"integer_zero_point": plan.integer_zero_point, **plan.quantizer_kwargs}
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -88,6 +105,11 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
 def quantizers(model: nn.Module) -> list[FakeQuantizer]:
     """Return the quantizers of `model`, of weights and of activations."""
     return [module for module in model.modules() if isinstance(module, FakeQuantizer)]
+
+
+def layer_quantizers(layer: QuantizedLayer) -> list[FakeQuantizer]:
+    """Return the quantizers of one layer: of its weight and, where activations are quantized, of its input."""
+    return [quantizer for quantizer in (layer.weight_quantizer, layer.input_quantizer) if quantizer is not None]
 
 
 def record_signedness(model: nn.Module) -> None:
@@ -102,6 +124,22 @@ def record_signedness(model: nn.Module) -> None:
         if layer.input_quantizer is not None
     }
     owner.quantization_plan = owner.quantization_plan.with_signedness(found)
+
+
+def dequantize_model(model: nn.Module) -> None:
+    """Put the plain float layers back, in place: their weights are the quantized values, activations stay in float."""
+    twins = {}
+    for layer in quantized_layers(model).values():
+        with torch.no_grad():
+            values = layer.quantized_weight().detach()
+        plain = layer.to_float()
+        plain.weight = nn.Parameter(values, requires_grad=layer.weight.requires_grad)
+        twins[layer] = plain
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in twins:
+                parent._modules[name] = twins[child]
+    vars(model).pop("quantization_plan", None)
 
 
 def is_calibrated(model: nn.Module) -> bool:
@@ -154,6 +192,7 @@ def calibrate_model(
         model.eval()
         for name, layer in layers.items():
             _require_finite(layer.weight, f"the weight of layer {name!r}")
+            layer.restore_latent()
             layer.weight_quantizer.init_range(layer.weight)
         calibrators = {name: _RangeAverage(name, layer) for name, layer in layers.items()}
         with contextlib.ExitStack() as stack:

@@ -1,57 +1,179 @@
 """The bridge to `from_pretrained`: after `import sqakd_hf`, transformers loads and saves students as quantized models.
 
-A student is stored with its float weights and its ranges (the form that training resumes from), and computes after
-loading exactly what it computed before.
+On disk a weight is its integer codes, packed; in memory it is the float `weight` of an ordinary quantized layer.
+Training checkpoints keep the float latents instead, see [`SQAKDHfQuantizer.saving`].
 """
 
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from .configuration import QuantizationConfig
-from .convert import is_calibrated, quantize_model, quantized_layers, quantizers, record_signedness
-from .errors import InputError
+from .configuration import FORMAT_VERSION, QuantizationConfig
+from .convert import (
+    apply_plan,
+    create_weight_quantizer,
+    dequantize_model,
+    is_calibrated,
+    layer_quantizers,
+    quantize_model,
+    quantized_layers,
+    quantizers,
+    record_signedness,
+)
+from .errors import InputError, quote
+from .layers import QuantizedLayer
+from .manifest import FORMATS, Manifest, packed_shape
+from .packing import pack_bits, unpack_bits
+from .plan import LayerPlan
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 register_quantization_config("sqakd")(QuantizationConfig)
 
 
 @register_quantizer("sqakd")
 class SQAKDHfQuantizer(HfQuantizer):
-    """Rebuild the quantized layers before transformers loads the weights, and bring their state up to date after.
+    """Rebuild the quantized layers before transformers loads the weights, unpack their codes after, pack on saving.
 
     With a float checkpoint and `quantization_config=QuantizationConfig(...)`, the result is an uncalibrated student.
     """
 
+    def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self._format = "packed"
+        self._gathered: dict[str, torch.Tensor] | None = None
+        self._packed: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        self._new: list[str] = []
+
+    # --- loading ---
+
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
-        quantize_model(model, self.quantization_config)
+        _refuse_offload(kwargs.get("device_map"))
+        stored = self.quantization_config.stored if self.pre_quantized else None
+        if stored is None:
+            # A float checkpoint, or a student in format version 1: latents, and layers as the patterns say.
+            quantize_model(model, self.quantization_config)
+        else:
+            self._rebuild(model, stored, kwargs.get("checkpoint_files"))
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         if not self.pre_quantized:
             # A float checkpoint has no ranges: nothing to report as missing.
             ranges = [rf"{name}\.(weight|input)_quantizer\." for name in quantized_layers(model)]
             model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or []), *ranges]
 
+    def _rebuild(self, model: "PreTrainedModel", stored: dict[str, Any], files: list[str] | None) -> None:
+        where = f"{model.config._name_or_path or 'The student'}: config.json"
+        manifest = Manifest.from_dict(stored, where)
+        if not files:
+            raise InputError(f"{where}: a stored student is loaded from its safetensors files, not from a state dict.")
+        manifest.verify(files)
+        prefix = model.base_model_prefix
+        apply_plan(model, manifest.plan_for(model, prefix, where))
+        for name, layer in quantized_layers(model).items():
+            shape = layer.weight.shape
+            if shape != manifest.stored_shape(name, prefix):
+                # Classes of another number: transformers decides whether to refuse or to start this layer anew.
+                self._new.append(name)
+            elif manifest.format == "packed":
+                self._packed[name] = shape, layer.weight.dtype
+                _hold_place_of_weight(layer)
+
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
-        for name, parameter in model.named_parameters():
-            # transformers 5.17 leaves renamed weights of quantized models in the dtype of their file.
-            if parameter.dtype != self._dtypes[name]:
-                parameter.data = parameter.data.to(self._dtypes[name])
+        layers = quantized_layers(model)
         for quantizer in quantizers(model):
             # transformers fills what a checkpoint lacks with uninitialised memory, and marks what it loaded.
             tensors = quantizer.state_dict(keep_vars=True).values()
             loaded = all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors)
             quantizer.refresh() if loaded else quantizer.reset()
-        if self.pre_quantized and not is_calibrated(model):
+        missing = [
+            name
+            for name, layer in layers.items()
+            if name not in self._new and not all(quantizer.calibrated for quantizer in layer_quantizers(layer))
+        ]
+        if self.pre_quantized and missing:
             raise InputError(
-                f"The checkpoint {model.config._name_or_path!r} says it is quantized but lacks ranges. "
-                "It was saved before calibration, or is damaged: calibrate the student and save it again."
+                f"The checkpoint {model.config._name_or_path!r} says it is quantized but lacks the ranges of "
+                f"{quote(missing[:3])}. It was saved before calibration, or is damaged: calibrate the student and "
+                "save it again."
+            )
+        for name, (shape, dtype) in self._packed.items():
+            if not getattr(layers[name].weight, "_is_hf_initialized", False):
+                raise InputError(f"transformers did not find the packed weight of {name!r} in the files.")
+            _unpack(layers[name], shape, dtype)
+        for name, parameter in model.named_parameters():
+            # transformers 5.17 leaves renamed weights of quantized models in the dtype of their file.
+            dtype = self._dtypes.get(name, parameter.dtype)
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+        if self._new:
+            logger.warning(
+                "New and uncalibrated, because the number of classes differs: %s. SQAKDTrainer calibrates before it "
+                "trains; calibrate_model does it by hand.",
+                ", ".join(self._new),
             )
         if self.pre_quantized:
             record_signedness(model)
+
+    # --- saving ---
+
+    @contextlib.contextmanager
+    def saving(self, format: str, state_dict: dict[str, torch.Tensor] | None = None) -> Iterator[None]:
+        """Let `save_pretrained` store this format, `"packed"` (the default) or `"latent"`.
+
+        Args:
+            format (`str`): Packed codes are what others load; float latents are what training resumes from.
+            state_dict (`dict`, *optional*): The whole state where it is spread over processes (FSDP);
+                transformers does not hand its own `state_dict` argument to quantizers.
+        """
+        if format not in FORMATS:
+            raise InputError(f"format must be {' or '.join(map(repr, FORMATS))}, got {format!r}.")
+        before = self._format, self._gathered
+        self._format, self._gathered = format, state_dict
+        try:
+            yield
+        finally:
+            self._format, self._gathered = before
+
+    def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Return the tensors to store; the config of `model` is brought up to date with them."""
+        if not is_calibrated(model):
+            raise InputError(
+                "The student has no ranges yet. Call calibrate_model or trainer.train() before you save it."
+            )
+        layers = quantized_layers(model)
+        state_dict = dict(model.state_dict() if self._gathered is None else self._gathered)
+        dropped = {*(model._keys_to_ignore_on_save or ()), *getattr(model, "all_tied_weights_keys", {})}
+        state_dict = {name: tensor for name, tensor in state_dict.items() if name not in dropped}
+        record_signedness(model)
+        plans = {layer.name: layer for layer in model.quantization_plan}
+        shapes = {layer.name: model.get_submodule(layer.name).weight.shape for layer in model.quantization_plan}
+        if self._format == "packed":
+            for name, layer in layers.items():
+                codes = (
+                    layer.weight_codes() if self._gathered is None else _gathered_codes(plans[name], layer, state_dict)
+                )
+                packed = pack_bits(codes, layer.weight_quantizer.bits)
+                # Flat under the weight's own name: without sqakd_hf, transformers stops at the shape.
+                state_dict[f"{name}.weight"] = packed.flatten()
+        manifest = Manifest.describe(self._format, model.quantization_plan, shapes, state_dict)
+        self.quantization_config = replace(
+            self.quantization_config, stored=manifest.to_dict(), format_version=FORMAT_VERSION
+        )
+        model.config.quantization_config = self.quantization_config
+        # The names in memory are the names in the table, and those that training checkpoints are resumed by:
+        # save_pretrained would rename them to those of a layout from before (transformers #43701).
+        model._weight_conversions = []
+        return state_dict, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -63,3 +185,45 @@ class SQAKDHfQuantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         return True
+
+    # --- back to float ---
+
+    def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> "PreTrainedModel":
+        dequantize_model(model)
+        vars(model).pop("_weight_conversions", None)
+        return model if dtype is None else model.to(dtype)
+
+
+def _refuse_offload(device_map: dict[str, Any] | None) -> None:
+    places = {str(device) for device in (device_map or {}).values()}
+    if "disk" in places or ("cpu" in places and len(places) > 1):
+        raise InputError(
+            "The device map leaves parts of the student on the CPU or the disk, but its weights are unpacked in "
+            "place. Students are small: use device_map='cpu' or one with a device for all of it."
+        )
+
+
+def _hold_place_of_weight(layer: QuantizedLayer) -> None:
+    """Put a buffer for the packed codes where the weight will be: models read `layer.weight.dtype` while they load."""
+    rows, row_bytes = packed_shape(layer.weight.shape, layer.channel_axis, layer.weight_quantizer.bits)
+    placeholder = torch.empty(rows * row_bytes, dtype=torch.uint8, device=layer.weight.device)
+    del layer._parameters["weight"]
+    layer.register_buffer("weight", placeholder)
+    # Codes can't be initialised: keep transformers from trying.
+    layer._is_hf_initialized = True
+
+
+def _unpack(layer: QuantizedLayer, shape: torch.Size, dtype: torch.dtype) -> None:
+    bits = layer.weight_quantizer.bits
+    rows, row_bytes = packed_shape(shape, layer.channel_axis, bits)
+    codes = unpack_bits(layer.weight.view(rows, row_bytes), bits, shape.numel() // rows)
+    layer.set_weight_codes(codes, shape, dtype)
+
+
+def _gathered_codes(plan: LayerPlan, layer: QuantizedLayer, state_dict: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the weight's codes where `state_dict` has all of the layer's tensors and `layer` only a share."""
+    weight = state_dict[f"{plan.name}.weight"]
+    quantizer = create_weight_quantizer(plan, type(layer), weight.shape)
+    prefix = f"{plan.name}.weight_quantizer."
+    quantizer.load_state_dict({k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)})
+    return quantizer.quantize(weight).movedim(layer.channel_axis, 0).flatten(1)

@@ -14,9 +14,13 @@ class QuantizedLayer(nn.Module):
 
     A quantized layer is the float layer with two more children: the same parameters under the same state-dict keys,
     the same hooks and attributes. `channel_axis` is the weight's axis of output channels.
+
+    A layer that was loaded from codes has `weight_is_on_grid` set: its `weight` holds the quantized values and is
+    used as it is. `train()` turns them into a latent weight again, which quantizes to the same values.
     """
 
     channel_axis = 0
+    weight_is_on_grid = False
     weight_quantizer: FakeQuantizer
     input_quantizer: FakeQuantizer | None
 
@@ -49,6 +53,7 @@ class QuantizedLayer(nn.Module):
         for name in ("weight_quantizer", "input_quantizer"):
             plain._modules.pop(name, None)
             plain.__dict__.pop(name, None)  # where activations stay in float
+        plain.__dict__.pop("weight_is_on_grid", None)
         return plain
 
     def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
@@ -57,7 +62,52 @@ class QuantizedLayer(nn.Module):
 
     def quantized_weight(self) -> torch.Tensor:
         """Fake-quantize the layer's weight."""
-        return self.weight_quantizer(self.weight)
+        return self.weight if self.weight_is_on_grid else self.weight_quantizer(self.weight)
+
+    # --- codes ---
+
+    def weight_codes(self) -> torch.Tensor:
+        """Return the weight's codes, `uint8` `(channels, n)`: one row for each output channel."""
+        encode = self.weight_quantizer.encode if self.weight_is_on_grid else self.weight_quantizer.quantize
+        return encode(self.weight.detach()).movedim(self.channel_axis, 0).flatten(1)
+
+    def set_weight_codes(self, codes: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
+        """Make the weight, of this shape and dtype, the values of `codes` as [`weight_codes`] returns them."""
+        rows_first = [shape[self.channel_axis], *(n for i, n in enumerate(shape) if i != self.channel_axis)]
+        codes = codes.view(rows_first).movedim(0, self.channel_axis)
+        values = self.weight_quantizer.dequantize(codes).to(dtype)
+        # The weight keeps its place in front of the bias: optimizers number parameters in this order.
+        others = {name: value for name, value in self._parameters.items() if name != "weight"}
+        self._buffers.pop("weight", None)
+        self._parameters = {"weight": nn.Parameter(values.contiguous()), **others}
+        self.weight_is_on_grid = True
+
+    @torch.no_grad()
+    def restore_latent(self) -> None:
+        """Make a weight that holds quantized values one that trains: it quantizes to the values it had."""
+        if self.weight_is_on_grid:
+            self.weight.copy_(self.weight_quantizer.latent(self.weight))
+            self.weight_is_on_grid = False
+
+    def train(self, mode: bool = True) -> "QuantizedLayer":
+        if mode:
+            self.restore_latent()
+        return super().train(mode)
+
+    # --- state: always the latent weight ---
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight_is_on_grid:
+            values = destination[prefix + "weight"].detach()
+            latent = self.weight_quantizer.latent(values)
+            if latent is not values:
+                destination[prefix + "weight"] = latent
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if prefix + "weight" in state_dict:
+            self.weight_is_on_grid = False
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 _REGISTRY: dict[type[nn.Module], type[QuantizedLayer]] = {}

@@ -94,14 +94,17 @@ def unpack_bits(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:
 
 
 def checksum(tensor: torch.Tensor) -> str:
-    """Return the CRC-32 of a tensor's bytes, eight hexadecimal digits: finds damage, proves no origin.
+    """Return the CRC-32 of a tensor's dtype, shape and bytes, as eight hexadecimal digits.
+
+    It finds damage; it is no proof of origin.
 
     Examples:
         >>> checksum(torch.tensor([1, 2, 3], dtype=torch.uint8))
-        '55bc801d'
+        'fd65fa9c'
     """
+    kind = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return f"{zlib.crc32(flat.numpy()):08x}"
+    return f"{zlib.crc32(flat.numpy(), zlib.crc32(kind.encode())):08x}"
 
 
 def _group(bits: int) -> tuple[int, int]:

@@ -81,6 +81,7 @@ class SQAKDTrainer(Trainer):
         self.teacher_model = self._prepare_teacher(teacher)
         self._agreement = _RunningMean()
         self._evaluated: dict[str, _RunningMean] = {}
+        self._saves_checkpoint = False
 
     def _prepare_teacher(self, teacher: nn.Module) -> nn.Module:
         teacher.requires_grad_(False).eval().to(self.args.device)
@@ -212,14 +213,21 @@ class SQAKDTrainer(Trainer):
 
     # --- saving ---
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._saves_checkpoint = True
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self._saves_checkpoint = False
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not isinstance(self.model, PreTrainedModel):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             output_dir = self.args.output_dir if output_dir is None else output_dir
-            # Trainer loads a checkpoint by the names that modules have in memory; save_pretrained would write the
-            # names of the original checkpoint, and resuming would drop most weights (transformers #43701).
-            self.model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
+            # Training goes on from latents; everyone else gets the packed codes.
+            with self.model.hf_quantizer.saving("latent" if self._saves_checkpoint else "packed", state_dict):
+                self.model.save_pretrained(output_dir)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
         if self.args.should_save:

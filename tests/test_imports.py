@@ -19,7 +19,7 @@ LAYERS = [
     {"losses", "quantizers", "packing"},
     {"metrics", "layers", "configuration", "collator"},
     {"plan"},
-    {"convert", "report", "transforms", "sources"},
+    {"convert", "manifest", "report", "transforms", "sources"},
     {"data", "modeling", "hf_quantizer", "training_args", "interrupt"},
     {"trainer"},
     {"__init__"},

@@ -1,3 +1,5 @@
+import zlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,9 +72,11 @@ def test_wrong_tensors_are_refused():
         unpack_bits(torch.zeros(2, 3, dtype=torch.uint8), 2, 8)
 
 
-def test_checksum_is_crc32_of_the_bytes_and_sees_every_flipped_bit():
-    # The standard's check value.
-    assert checksum(torch.tensor(list(b"123456789"), dtype=torch.uint8)) == "cbf43926"
+def test_checksum_is_crc32_of_dtype_shape_and_bytes_and_sees_every_flipped_bit():
+    # What the standard's check value (CRC-32 of "123456789" is cbf43926) is made of, after the kind of tensor.
+    assert zlib.crc32(b"123456789") == 0xCBF43926
+    data = torch.tensor(list(b"123456789"), dtype=torch.uint8)
+    assert int(checksum(data), 16) == zlib.crc32(b"uint8[9]123456789")
     values = torch.tensor([1.5, -2.0, 0.0])
     seen = {checksum(values)}
     for bit in range(96):
@@ -87,3 +91,9 @@ def test_checksum_takes_any_dtype_shape_and_memory_order(dtype):
     x = torch.arange(12).reshape(3, 4).to(dtype)
     assert checksum(x.t()) == checksum(x.t().contiguous())
     assert len(checksum(x[0, 0])) == len(checksum(x[:0])) == 8
+
+
+def test_checksum_tells_dtypes_and_shapes_apart():
+    zeros = torch.zeros(2, 3)
+    kinds = [zeros, zeros.t(), zeros.reshape(6), zeros.int(), zeros.view(torch.uint8)]
+    assert len({checksum(kind) for kind in kinds}) == len(kinds)

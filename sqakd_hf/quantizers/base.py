@@ -114,6 +114,10 @@ class FakeQuantizer(nn.Module):
         """Map `x` before it meets the range; the identity unless a method defines it."""
         return x
 
+    def latent(self, values: torch.Tensor) -> torch.Tensor:
+        """Return a tensor that quantizes to `values`, which lie on the grid; to be overridden with [`transform`]."""
+        return values
+
     def grid(self) -> Grid:
         """Return the values used in the forward, without gradient."""
         lower, upper = self.clip_range()
@@ -154,6 +158,22 @@ class FakeQuantizer(nn.Module):
         """Return the float32 values of `codes`, same shape."""
         self._require_range()
         return dequantize(codes, self.grid(), channel_axis=self.channel_axis)
+
+    @torch.no_grad()
+    def encode(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the codes of values that lie on the grid already, [`dequantize`]'s result in any float dtype.
+
+        Raises:
+            `InputError`: A value between two codes.
+        """
+        self._require_range()
+        codes = quantize(values, self.grid(), self.levels, channel_axis=self.channel_axis, binary=self.binary)
+        if not torch.equal(self.dequantize(codes).to(values.dtype), values):
+            raise InputError(
+                "The weight no longer lies on its grid: it was changed after loading, or its dtype is too narrow to "
+                "tell its codes apart. Call model.train() before you change weights; load in float32 to save again."
+            )
+        return codes
 
     def extra_repr(self) -> str:
         sign = "signed" if self.signed else "unsigned"

@@ -53,6 +53,19 @@ class DoReFaWeight(_FixedRange):
         # Divide first: the largest weight lands on the end of the range exactly.
         return squashed / largest.clamp(min=torch.finfo(torch.float32).tiny) * self._spread(self.magnitude, x)
 
+    def latent(self, values: torch.Tensor) -> torch.Tensor:
+        if self.binary:
+            return values
+        magnitude = self._spread(self.magnitude, values)
+        # The largest weight of a trained layer, in the values' dtype so that it is rounded to nothing else; where
+        # tanh saturates, a smaller one gives the same values.
+        largest = magnitude.clamp(max=2).to(values.dtype).float()
+        normalised = (values.float() / magnitude).clamp(-1, 1)
+        latent = torch.atanh(normalised * torch.tanh(largest)).to(values.dtype)
+        # The stretch takes every channel to the end of its range, but for one that is all zeros.
+        reaches = self.rows(normalised).abs().amax(1) > 1 - 0.5 / (self.levels - 1)
+        return latent * self._spread(reaches, values)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.binary and self.training and self.calibrated:
             with torch.no_grad():

@@ -1,0 +1,186 @@
+"""`Manifest`: what a stored student consists of, written into its `config.json` and held against its files."""
+
+import contextlib
+import json
+import zlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .configuration import LAYER_FIELDS, QuantizationConfig
+from .errors import InputError, quote, reason
+from .layers import quantized_class
+from .packing import checksum, packed_row_bytes
+from .plan import LayerPlan, QuantizationPlan
+
+
+FORMATS = ("packed", "latent")
+_ENTRY_FIELDS = {f.name for f in fields(LayerPlan)} - {"name", "num_weights"} | {"weight_shape"}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The resolved table of a student's layers and the checksums of its tensors.
+
+    Args:
+        format (`str`): `"packed"`, weights as integer codes, or `"latent"`, the float weights that training goes on
+            from.
+        layers (`dict`): Layer name → its line of the plan, and `weight_shape`.
+        tensors (`dict`): Name in the files → [`~sqakd_hf.packing.checksum`].
+    """
+
+    format: str
+    layers: dict[str, dict[str, Any]]
+    tensors: dict[str, str]
+
+    @classmethod
+    def describe(
+        cls, format: str, plan: QuantizationPlan, shapes: dict[str, torch.Size], state_dict: dict[str, torch.Tensor]
+    ) -> "Manifest":
+        """Describe a student about to be saved: its plan, its layers' weight shapes and the tensors as stored."""
+        layers = {}
+        for layer in plan:
+            entry = {key: value for key, value in asdict(layer).items() if key in _ENTRY_FIELDS}
+            layers[layer.name] = {**entry, "weight_shape": list(shapes[layer.name])}
+        return cls(format, layers, {name: checksum(tensor) for name, tensor in state_dict.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready data, with a checksum of its own."""
+        return {**asdict(self), "checksum": _json_checksum(asdict(self))}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], where: str) -> "Manifest":
+        """Check what [`to_dict`] wrote, and return it.
+
+        Raises:
+            `InputError`: Naming the file `where` and the field that is not as it was written.
+        """
+        where = f"{where}: quantization_config.stored"
+        expected = {"format", "layers", "tensors", "checksum"}
+        if set(data) != expected:
+            raise InputError(f"{where} must have the fields {quote(sorted(expected))}, got {quote(sorted(data))}.")
+        if data["format"] not in FORMATS:
+            raise InputError(f"{where}.format must be {' or '.join(map(repr, FORMATS))}, got {data['format']!r}.")
+        for name in ("layers", "tensors"):
+            if not isinstance(data[name], dict):
+                raise InputError(f"{where}.{name} must be an object, got {data[name]!r}.")
+        for name, entry in data["layers"].items():
+            _check_entry(entry, f"{where}.layers[{name!r}]")
+        manifest = cls(data["format"], data["layers"], data["tensors"])
+        if _json_checksum(asdict(manifest)) != data["checksum"]:
+            raise InputError(
+                f"{where} does not match its own checksum: the file is damaged or was edited by hand. "
+                "Download or save the student again."
+            )
+        return manifest
+
+    def plan_for(self, model: nn.Module, prefix: str, where: str) -> QuantizationPlan:
+        """Return the plan for `model`, a freshly built float model that the weights are to be loaded into.
+
+        Args:
+            model (`nn.Module`): Also a part of the stored model, such as its backbone, or one that contains it.
+            prefix (`str`): The name that models with a head give their backbone.
+            where (`str`): The file, for messages.
+
+        Raises:
+            `InputError`: A layer that is missing or of another type, unless it lies outside the part that `model` is.
+        """
+        modules = dict(model.named_modules())
+        layers = []
+        for stored_name, entry in self.layers.items():
+            name = self._name_in(modules, stored_name, prefix)
+            if name is None:
+                backbone_only = any(other.startswith(f"{prefix}.") for other in self.layers) and prefix not in modules
+                if prefix and backbone_only and not stored_name.startswith(f"{prefix}."):
+                    continue  # the head, which a backbone does not have
+                raise InputError(
+                    f"{where}: {type(model).__name__} has no layer {stored_name!r} that the file describes."
+                )
+            module = modules[name]
+            found = type(module).__name__
+            if found != entry["layer_type"] or (entry["skipped"] is None and quantized_class(module) is None):
+                raise InputError(
+                    f"{where}: the layer {stored_name!r} is stored as {entry['layer_type']}, this model has {found}. "
+                    "Register the layer type, or use the versions of timm and transformers that it was saved with."
+                )
+            values = {key: value for key, value in entry.items() if key != "weight_shape"}
+            layers.append(LayerPlan(name=name, num_weights=module.weight.numel(), **values))
+        order = {name: i for i, name in enumerate(modules)}
+        return QuantizationPlan(tuple(sorted(layers, key=lambda layer: order[layer.name])))
+
+    def stored_shape(self, name: str, prefix: str) -> torch.Size:
+        """Return the weight shape stored for the layer that a model calls `name`."""
+        names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+        return torch.Size(next(self.layers[n]["weight_shape"] for n in names if n in self.layers))
+
+    def verify(self, files: Iterable[str]) -> None:
+        """Hold the tensors of safetensors `files` against the table.
+
+        Raises:
+            `InputError`: Naming the file and the tensor that is missing, unknown, doubled or damaged.
+        """
+        files = list(files)
+        found: dict[str, str] = {}
+        for path in files:
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118: a safetensors handle is no dict
+                    if name in found:
+                        raise InputError(f"{path}: the tensor {name!r} is also in {found[name]}.")
+                    if name not in self.tensors:
+                        raise InputError(f"{path}: the tensor {name!r} is not part of the student as it was saved.")
+                    found[name] = path
+                    self._verify_tensor(file.get_tensor(name), name, path)
+        if missing := sorted(self.tensors.keys() - found.keys()):
+            raise InputError(f"{', '.join(files)}: lacks {quote(missing[:5])}, {len(missing)} of the saved tensors.")
+
+    def _verify_tensor(self, tensor: torch.Tensor, name: str, path: str) -> None:
+        entry = self.layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if self.format == "packed" and entry is not None and entry["skipped"] is None:
+            if tensor.dtype != torch.uint8 or tensor.dim() != 1:
+                raise InputError(
+                    f"{path}: the packed weight {name!r} must be one-dimensional uint8, got {tensor.dtype} "
+                    f"{list(tensor.shape)}."
+                )
+        if checksum(tensor) != self.tensors[name]:
+            raise InputError(
+                f"{path}: the tensor {name!r} is not what was saved: its checksum is {checksum(tensor)}, the table "
+                f"says {self.tensors[name]}. The file is damaged, half-written or of another student."
+            )
+
+    @staticmethod
+    def _name_in(modules: dict[str, nn.Module], name: str, prefix: str) -> str | None:
+        names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if prefix else (name,)
+        return next((n for n in names if n in modules), None)
+
+
+def packed_shape(shape: torch.Size, channel_axis: int, bits: int) -> tuple[int, int]:
+    """Return `(rows, bytes per row)` of the codes of a weight of this shape."""
+    rows = shape[channel_axis]
+    return rows, packed_row_bytes(shape.numel() // rows, bits)
+
+
+def _check_entry(entry: Any, where: str) -> None:
+    if not isinstance(entry, dict) or set(entry) != _ENTRY_FIELDS:
+        raise InputError(f"{where} must have the fields {quote(sorted(_ENTRY_FIELDS))}, got {entry!r}.")
+    shape = entry["weight_shape"]
+    if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
+        raise InputError(f"{where}.weight_shape must be a list of positive integers, got {shape!r}.")
+    if entry["skipped"] is None:
+        QuantizationConfig.check_layer_options({key: entry[key] for key in LAYER_FIELDS}, f"{where}.")
+
+
+def _json_checksum(data: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(data, sort_keys=True).encode()):08x}"
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Any:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} can't be read: {reason(error)}. The file is damaged or half-written.") from error
