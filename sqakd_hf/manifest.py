@@ -127,7 +127,7 @@ class Manifest:
         found: dict[str, str] = {}
         for path in files:
             with _opened(path) as file:
-                for name in file.keys():  # noqa: SIM118: a safetensors handle is no dict
+                for name in file.keys():
                     if name in found:
                         raise InputError(f"{path}: the tensor {name!r} is also in {found[name]}.")
                     if name not in self.tensors:

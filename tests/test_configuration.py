@@ -33,7 +33,7 @@ class TestDefaults:
         )
         assert config.per_channel is True and config.integer_zero_point is True
         assert not config.overrides and not config.modules_to_not_convert and not config.quantizer_kwargs
-        assert (config.quant_method, config.format_version) == ("sqakd", 1)
+        assert (config.quant_method, config.format_version, config.stored) == ("sqakd", 2, None)
 
     def test_are_not_shared_between_configs(self):
         QuantizationConfig().modules_to_not_convert.append("head")
@@ -342,14 +342,18 @@ class TestJson:
     def test_a_newer_version_is_read_with_one_warning_that_names_what_is_ignored(self, caplog):
         with caplog.at_level(logging.INFO, logger="sqakd_hf"):
             config = QuantizationConfig.from_dict(
-                {"format_version": 2, "weight_bits": 4, "sparsity": 0.5, "blocks": [16]}
+                {"format_version": 3, "weight_bits": 4, "sparsity": 0.5, "blocks": [16]}
             )
         assert config.weight_bits == 4
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         assert caplog.messages == [
-            "This quantization config has format version 2, this sqakd_hf reads up to 1 and ignores: "
+            "This quantization config has format version 3, this sqakd_hf reads up to 2 and ignores: "
             "blocks, sparsity. Upgrade with `pip install -U sqakd_hf`."
         ]
+
+    def test_weights_stored_in_a_newer_format_are_refused(self):
+        with pytest.raises(InputError, match="format version 3, this sqakd_hf reads up to 2. Upgrade"):
+            QuantizationConfig.from_dict({"format_version": 3, "stored": {"format": "denser"}})
 
     def test_a_newer_version_without_new_keys_says_so(self, caplog):
         QuantizationConfig.from_dict({"format_version": 3})
