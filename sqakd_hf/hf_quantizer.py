@@ -89,6 +89,7 @@ class SQAKDHfQuantizer(HfQuantizer):
                 _hold_place_of_weight(layer)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
+        _refuse_offload(getattr(model, "hf_device_map", None))
         layers = quantized_layers(model)
         for quantizer in quantizers(model):
             # transformers fills what a checkpoint lacks with uninitialised memory, and marks what it loaded.
@@ -188,14 +189,17 @@ class SQAKDHfQuantizer(HfQuantizer):
 
     # --- back to float ---
 
-    def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> "PreTrainedModel":
+    def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None) -> "PreTrainedModel":
         dequantize_model(model)
+        # The base class passes on what the config holds: a name once the model was saved.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         vars(model).pop("_weight_conversions", None)
         return model if dtype is None else model.to(dtype)
 
 
-def _refuse_offload(device_map: dict[str, Any] | None) -> None:
-    places = {str(device) for device in (device_map or {}).values()}
+def _refuse_offload(device_map: Any) -> None:
+    """Raise `InputError` for a resolved device map that offloads."""
+    places = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else set()
     if "disk" in places or ("cpu" in places and len(places) > 1):
         raise InputError(
             "The device map leaves parts of the student on the CPU or the disk, but its weights are unpacked in "

@@ -1,4 +1,4 @@
-"""Law 2: a trained student, its packed reload in a fresh process and the reload of that reload compute the same bits."""
+"""Law 2: a trained student, its packed reload in a fresh process and the reload of that compute the same bits."""
 
 import subprocess
 import sys

@@ -355,6 +355,10 @@ def create_quantizer(
         reason = f"has no {role} form" if name in known else "is not registered"
         raise InputError(f"Quantizer {name!r} {reason}; registered: {', '.join(known)}.{suggest(name, known)}")
     try:
-        return cls(bits, role, signed, channel_axis, **kwargs)
+        quantizer = cls(bits, role, signed, channel_axis, **kwargs)
     except TypeError as error:
         raise InputError(f"Quantizer {name!r} can't take the options {sorted(kwargs)}: {error}.") from error
+    for tensor in quantizer.range_tensors().values():
+        # Created while transformers builds a bfloat16 model, it has the default dtype of that moment.
+        tensor.data = tensor.data.float()
+    return quantizer
