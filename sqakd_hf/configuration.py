@@ -147,7 +147,7 @@ class QuantizationConfig(QuantizationConfigMixin):
         """Make a transformers `model` one that saves its weights packed, with this config in its `config.json`."""
         if isinstance(getattr(model, "config", None), PretrainedConfig):
             model.config.quantization_config = self if self.stored is None else replace(self, stored=None)
-            model.hf_quantizer = AutoHfQuantizer.from_config(model.config.quantization_config, pre_quantized=False)
+            AutoHfQuantizer.from_config(model.config.quantization_config, pre_quantized=False).attach(model)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict of all fields; `overrides` as a list of `[pattern, options]` pairs, in order."""

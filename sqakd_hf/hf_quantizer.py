@@ -5,6 +5,7 @@ Training checkpoints keep the float latents instead, see [`SQAKDHfQuantizer.savi
 """
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,6 +28,7 @@ from .convert import (
     record_signedness,
 )
 from .errors import InputError, quote
+from .hub import hub_id
 from .layers import QuantizedLayer
 from .manifest import FORMATS, Manifest, packed_shape
 from .packing import pack_bits, unpack_bits
@@ -54,6 +56,14 @@ class SQAKDHfQuantizer(HfQuantizer):
         self._gathered: dict[str, torch.Tensor] | None = None
         self._packed: dict[str, tuple[torch.Size, torch.dtype]] = {}
         self._new: list[str] = []
+        self.base_model: str | None = None
+
+    def attach(self, model: "PreTrainedModel") -> None:
+        """Make `model` one that saves and uploads itself by this quantizer."""
+        # The name of a folder says nothing to others; a reloaded student knows its base from its own file.
+        self.base_model = hub_id(getattr(model.config, "_name_or_path", None))
+        model.hf_quantizer = self
+        model.push_to_hub = functools.partial(_push_to_hub, model)
 
     # --- loading ---
 
@@ -63,6 +73,7 @@ class SQAKDHfQuantizer(HfQuantizer):
         if stored is None:
             # A float checkpoint, or a student in format version 1: latents, and layers as the patterns say.
             quantize_model(model, self.quantization_config)
+            self.attach(model)
         else:
             self._rebuild(model, stored, kwargs.get("checkpoint_files"))
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
@@ -77,6 +88,8 @@ class SQAKDHfQuantizer(HfQuantizer):
         if not files:
             raise InputError(f"{where}: a stored student is loaded from its safetensors files, not from a state dict.")
         manifest.verify(files)
+        self.attach(model)
+        self.base_model = manifest.base_model
         prefix = model.base_model_prefix
         apply_plan(model, manifest.plan_for(model, prefix, where))
         for name, layer in quantized_layers(model).items():
@@ -166,7 +179,7 @@ class SQAKDHfQuantizer(HfQuantizer):
                 packed = pack_bits(codes, layer.weight_quantizer.bits)
                 # Flat under the weight's own name: without sqakd_hf, transformers stops at the shape.
                 state_dict[f"{name}.weight"] = packed.flatten()
-        manifest = Manifest.describe(self._format, model.quantization_plan, shapes, state_dict)
+        manifest = Manifest.describe(self._format, model.quantization_plan, shapes, state_dict, self.base_model)
         self.quantization_config = replace(
             self.quantization_config, stored=manifest.to_dict(), format_version=FORMAT_VERSION
         )
@@ -193,8 +206,15 @@ class SQAKDHfQuantizer(HfQuantizer):
         dequantize_model(model)
         # The base class passes on what the config holds: a name once the model was saved.
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        vars(model).pop("_weight_conversions", None)
+        for name in ("_weight_conversions", "push_to_hub"):
+            vars(model).pop(name, None)
         return model if dtype is None else model.to(dtype)
+
+
+def _push_to_hub(model: "PreTrainedModel", *args: Any, **kwargs: Any) -> Any:
+    from .push import push_to_hub  # with all that image processors need
+
+    return push_to_hub(model, *args, **kwargs)
 
 
 def _refuse_offload(device_map: Any) -> None:

@@ -1,6 +1,7 @@
-"""Whether the Hugging Face Hub can be asked at all."""
+"""Whether the Hugging Face Hub can be asked at all, and what can be a name there."""
 
 import functools
+import os
 
 import huggingface_hub
 
@@ -15,3 +16,10 @@ def hub_is_reachable() -> bool:
     except Exception:  # whichever HTTP library the client is built on, each with its own types
         return False
     return True
+
+
+def hub_id(name: str | None) -> str | None:
+    """Return `name` if it can be a repository's id; a folder's path says nothing to others."""
+    if not name or os.path.isdir(name) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return None
+    return name

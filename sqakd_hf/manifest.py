@@ -31,22 +31,30 @@ class Manifest:
             from.
         layers (`dict`): Layer name → its line of the plan, and `weight_shape`.
         tensors (`dict`): Name in the files → [`~sqakd_hf.packing.checksum`].
+        base_model (`str`, *optional*): Hub id of the full-precision model.
     """
 
     format: str
     layers: dict[str, dict[str, Any]]
     tensors: dict[str, str]
+    base_model: str | None = None
 
     @classmethod
     def describe(
-        cls, format: str, plan: QuantizationPlan, shapes: dict[str, torch.Size], state_dict: dict[str, torch.Tensor]
+        cls,
+        format: str,
+        plan: QuantizationPlan,
+        shapes: dict[str, torch.Size],
+        state_dict: dict[str, torch.Tensor],
+        base_model: str | None = None,
     ) -> "Manifest":
         """Describe a student about to be saved: its plan, its layers' weight shapes and the tensors as stored."""
         layers = {}
         for layer in plan:
             entry = {key: value for key, value in asdict(layer).items() if key in _ENTRY_FIELDS}
             layers[layer.name] = {**entry, "weight_shape": list(shapes[layer.name])}
-        return cls(format, layers, {name: checksum(tensor) for name, tensor in state_dict.items()})
+        tensors = {name: checksum(tensor) for name, tensor in state_dict.items()}
+        return cls(format, layers, tensors, base_model)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready data, with a checksum of its own."""
@@ -60,7 +68,7 @@ class Manifest:
             `InputError`: Naming the file `where` and the field that is not as it was written.
         """
         where = f"{where}: quantization_config.stored"
-        expected = {"format", "layers", "tensors", "checksum"}
+        expected = {"format", "layers", "tensors", "base_model", "checksum"}
         if set(data) != expected:
             raise InputError(f"{where} must have the fields {quote(sorted(expected))}, got {quote(sorted(data))}.")
         if data["format"] not in FORMATS:
@@ -70,7 +78,9 @@ class Manifest:
                 raise InputError(f"{where}.{name} must be an object, got {data[name]!r}.")
         for name, entry in data["layers"].items():
             _check_entry(entry, f"{where}.layers[{name!r}]")
-        manifest = cls(data["format"], data["layers"], data["tensors"])
+        if not isinstance(data["base_model"], str | None):
+            raise InputError(f"{where}.base_model must be a repository's id or null, got {data['base_model']!r}.")
+        manifest = cls(**{key: value for key, value in data.items() if key != "checksum"})
         if _json_checksum(asdict(manifest)) != data["checksum"]:
             raise InputError(
                 f"{where} does not match its own checksum: the file is damaged or was edited by hand. "

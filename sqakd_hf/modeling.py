@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 
 from .errors import InputError, first_line, suggest
@@ -153,6 +154,18 @@ def resolve_name(name: str) -> str:
         hub_id = pretrained_cfg.hf_hub_id
         return hub_id + pretrained_cfg.architecture + f".{pretrained_cfg.tag}" if hub_id == TIMM_PREFIX else hub_id
     return name
+
+
+def image_processor(model: PreTrainedModel) -> ImageProcessingMixin | None:
+    """Return the image processor that belongs to `model`: timm's, or the one where it was loaded from; else `None`."""
+    if isinstance(model.config, TimmWrapperConfig):
+        from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
+
+        return TimmWrapperImageProcessor(model.config.pretrained_cfg, architecture=model.config.architecture)
+    try:
+        return AutoImageProcessor.from_pretrained(model.config._name_or_path, local_files_only=not hub_is_reachable())
+    except (OSError, ValueError):
+        return None
 
 
 def _set_num_labels(config: PreTrainedConfig, num_labels: int) -> None:

@@ -62,7 +62,7 @@ class QuantizationPlan:
         """The bits that most of the quantized weights have, as `"W2A2"`."""
         weights = Counter()
         for layer in self.quantized:
-            weights[_bits(layer)] += layer.num_weights
+            weights[bits_of(layer)] += layer.num_weights
         return weights.most_common(1)[0][0] if weights else "float"
 
     def weight_bytes(self) -> int:
@@ -81,7 +81,7 @@ class QuantizationPlan:
 
     def summary(self) -> str:
         """Return one line: how many layers at which bits, and how many stay in float."""
-        counts = Counter(_bits(layer) for layer in self.quantized)
+        counts = Counter(bits_of(layer) for layer in self.quantized)
         parts = [f"{count} at {bits}" for bits, count in counts.most_common()]
         if self.skipped:
             parts.append(f"{len(self.skipped)} in float")
@@ -92,7 +92,7 @@ class QuantizationPlan:
         for layer in self.layers:
             if layer.skipped is None:
                 ranges = "per channel" if layer.per_channel else "per tensor"
-                end = (_bits(layer), layer.quantizer, ranges, _INPUT[layer.activation_bits and layer.signed_input])
+                end = (bits_of(layer), layer.quantizer, ranges, _INPUT[layer.activation_bits and layer.signed_input])
             else:
                 end = ("float", f"({layer.skipped})", "", "")
             rows.append((layer.name, layer.layer_type, f"{layer.num_weights:,}", *end))
@@ -106,7 +106,8 @@ class QuantizationPlan:
 _INPUT = {True: "signed", False: "unsigned", None: ""}
 
 
-def _bits(layer: LayerPlan) -> str:
+def bits_of(layer: LayerPlan) -> str:
+    """Return a quantized layer's bits as `"W2A4"`."""
     return f"W{layer.weight_bits}A{layer.activation_bits or 'float'}"
 
 

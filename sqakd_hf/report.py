@@ -7,6 +7,10 @@ from typing import Any
 from .plan import QuantizationPlan
 
 
+# What a run compares, and how people read it.
+ROWS = (("teacher", "teacher"), ("calibrated", "calibrated only"), ("student", "distilled student"))
+
+
 def results_table(results: Mapping[str, Mapping[str, float | None]], plan: QuantizationPlan) -> str:
     """Return teacher, calibrated and distilled student side by side, as text.
 
@@ -17,7 +21,7 @@ def results_table(results: Mapping[str, Mapping[str, float | None]], plan: Quant
     """
     float_bytes = sum(layer.num_weights * 4 for layer in plan)
     rows = [("", "accuracy", "agreement", "KL", "bits", "weight bytes")]
-    for key, title in (("teacher", "teacher"), ("calibrated", "calibrated only"), ("student", "distilled student")):
+    for key, title in ROWS:
         bits, size = ("float", float_bytes) if key == "teacher" else (plan.bits(), plan.weight_bytes())
         metrics = results[key]
         shares = [_cell(metrics[name], "{:.2%}") for name in ("accuracy", "agreement")]

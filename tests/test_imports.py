@@ -20,11 +20,22 @@ LAYERS = [
     {"metrics", "layers", "configuration", "collator"},
     {"plan"},
     {"convert", "manifest", "report", "transforms", "sources"},
-    {"data", "modeling", "hf_quantizer", "training_args", "interrupt"},
+    {"data", "modeling", "card", "training_args", "interrupt"},
+    {"push"},
+    {"hf_quantizer"},
     {"trainer"},
     {"__init__"},
 ]
-MAY_IMPORT_TRANSFORMERS = {"configuration", "hf_quantizer", "training_args", "interrupt", "modeling", "trainer"}
+MAY_IMPORT_TRANSFORMERS = {
+    "configuration",
+    "card",
+    "push",
+    "hf_quantizer",
+    "training_args",
+    "interrupt",
+    "modeling",
+    "trainer",
+}
 # Imported inside functions, so that `import sqakd_hf` stays quick and each is needed only where it is used.
 LATE = {"timm", "datasets", "evaluate", "torchvision", "sklearn", "matplotlib"}
 MAY_IMPORT_EARLY = {"metrics": {"datasets", "evaluate"}}

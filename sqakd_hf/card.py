@@ -1,0 +1,184 @@
+"""The model card of a student: what it is, what it was measured at, how to load it."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from .hub import hub_is_reachable
+from .plan import QuantizationPlan, bits_of
+from .report import ROWS
+
+
+TAGS = ("sqakd", "sqakd_hf", "quantization", "quantization-aware-training", "knowledge-distillation")
+_METRICS = (
+    ("accuracy", "accuracy", "{:.2%}"),
+    ("agreement", "agreement with the teacher", "{:.2%}"),
+    ("kl", "KL", "{:.4f}"),
+)
+_LOAD = """\
+import sqakd_hf  # registers the format: without it, loading stops with an error
+from transformers import {auto_class}{extra}
+
+model = {auto_class}.from_pretrained("{repo_id}")
+"""
+
+
+def model_card(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    results: Mapping[str, Mapping[str, float | None]] | None = None,
+    training_arguments: Mapping[str, Any] | None = None,
+    datasets: Sequence[str] = (),
+    dataset_name: str | None = None,
+    license: str | None = None,
+    language: str | None = None,
+    tags: Sequence[str] = (),
+    stored_bytes: int | None = None,
+) -> ModelCard:
+    """Write the card of a student.
+
+    Args:
+        model (`PreTrainedModel`): The student.
+        repo_id (`str`): Where it is loaded from: the name in the load snippet.
+        base_model (`str`, *optional*): Hub id of the full-precision model.
+        results (`Mapping`, *optional*): `teacher`, `calibrated` and `student` → `accuracy`, `agreement` (shares in
+            [0, 1]), `kl`; only what this run measured. `None` marks what was not.
+        training_arguments (`Mapping`, *optional*): Name → value.
+        datasets (`Sequence[str]`, *optional*): Hub ids of the training images.
+        dataset_name (`str`, *optional*): Their name for people.
+        license (`str`, *optional*): Defaults to the license of `base_model`, where the Hub can be asked.
+        language, tags (*optional*): Further metadata.
+        stored_bytes (`int`, *optional*): Size of the saved weight files.
+
+    Returns:
+        `ModelCard`: With metadata that the Hub understands, `model-index` included where results are known.
+    """
+    plan: QuantizationPlan = model.quantization_plan
+    bits = plan.bits()
+    name = repo_id.split("/")[-1]
+    auto_class, pipeline_tag = _task(model)
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=pipeline_tag,
+        license=license or _license_of(base_model),
+        language=language,
+        base_model=base_model,
+        base_model_relation="quantized" if base_model else None,
+        datasets=list(datasets) or None,
+        tags=list(dict.fromkeys([*TAGS, bits.lower(), *tags])),
+        model_name=name,
+        eval_results=_eval_results(results, pipeline_tag, datasets, dataset_name) or None,
+    )
+    origin = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"a {_architecture(model)}"
+    extra = ", pipeline" if pipeline_tag == "image-classification" else ""
+    snippet = _LOAD.format(auto_class=auto_class, repo_id=repo_id, extra=extra)
+    if extra:
+        snippet += f'classifier = pipeline("image-classification", "{repo_id}")\n'
+    sections = [
+        f"---\n{data.to_yaml()}\n---\n\n# {name}",
+        f"{origin} with {bits} weights and activations (bits of most of its weights), trained by self-supervised "
+        "quantization-aware knowledge distillation "
+        "([SQAKD](https://arxiv.org/abs/2309.13220)): the only loss is the divergence from the full-precision "
+        "teacher's logits, and no labels are used.",
+        f"## Load it\n\n```bash\npip install sqakd_hf\n```\n\n```python\n{snippet}```",
+        "## Results\n\n" + _results(results, dataset_name or ", ".join(datasets) or None),
+        "## Size\n\n" + _size(model, stored_bytes),
+        "## Bits\n\n" + _bits(plan),
+        "## Training\n\n" + _training(training_arguments, dataset_name or ", ".join(datasets) or None),
+    ]
+    return ModelCard("\n\n".join(sections) + "\n", ignore_metadata_errors=False)
+
+
+def _results(results: Mapping[str, Mapping[str, float | None]] | None, dataset: str | None) -> str:
+    if not results:
+        return "Not measured in the run that wrote this card."
+    images = next((row["images"] for row in results.values() if row.get("images")), None)
+    rows = [["", *(title for _, title, _ in _METRICS)]]
+    for key, title in ROWS:
+        row = results.get(key, {})
+        cells = [form.format(row[name]) if row.get(name) is not None else "-" for name, _, form in _METRICS]
+        rows.append([title, *cells])
+    where = "Measured by the run that trained this student" + (f" on {images:,} images" if images else "")
+    return f"{where}{f' of {dataset}' if dataset else ''}; `-`: not measured.\n\n{_table(rows)}"
+
+
+def _size(model: PreTrainedModel, stored_bytes: int | None) -> str:
+    float_bytes = sum(
+        tensor.numel() * 4 if tensor.is_floating_point() else tensor.nbytes
+        for name, tensor in model.state_dict().items()
+        if "_quantizer." not in name
+    )
+    if stored_bytes is None:
+        return f"The float32 weights take {float_bytes:,} bytes."
+    return (
+        f"The weight files take {stored_bytes:,} bytes, the float32 weights {float_bytes:,}: "
+        f"{float_bytes / stored_bytes:.1f} times less. Weights are stored as integer codes of exactly their bits."
+    )
+
+
+def _bits(plan: QuantizationPlan) -> str:
+    layers, weights = Counter(), Counter()
+    for layer in plan:
+        bits = "float" if layer.skipped else bits_of(layer)
+        layers[bits] += 1
+        weights[bits] += layer.num_weights
+    total = max(sum(weights.values()), 1)
+    rows = [["bits", "layers", "weights", "share"]]
+    rows += [[bits, str(layers[bits]), f"{n:,}", f"{n / total:.1%}"] for bits, n in weights.most_common()]
+    return f"{_table(rows)}\n\n<details><summary>Layer by layer</summary>\n\n```\n{plan}\n```\n\n</details>"
+
+
+def _training(arguments: Mapping[str, Any] | None, dataset: str | None) -> str:
+    images = f"Images: {dataset}, without labels." if dataset else "The training images were not recorded."
+    if not arguments:
+        return images
+    return f"{images}\n\n" + _table([["argument", "value"], *([f"`{k}`", f"`{v}`"] for k, v in arguments.items())])
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def _eval_results(results, task: str, datasets: Sequence[str], dataset_name: str | None) -> list[EvalResult]:
+    student = (results or {}).get("student", {})
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=datasets[0] if datasets else "images",
+            dataset_name=dataset_name or (datasets[0] if datasets else "held-out images"),
+            metric_type=name,
+            metric_name=title,
+            metric_value=student[name],
+        )
+        for name, title, _ in _METRICS
+        if student.get(name) is not None
+    ]
+
+
+def _task(model: PreTrainedModel) -> tuple[str, str]:
+    if type(model).__name__.endswith("ForSemanticSegmentation"):
+        return "AutoModelForSemanticSegmentation", "image-segmentation"
+    if type(model).__name__.endswith("ForImageClassification"):
+        return "AutoModelForImageClassification", "image-classification"
+    return "AutoModel", "image-feature-extraction"
+
+
+def _architecture(model: PreTrainedModel) -> str:
+    return getattr(model.config, "architecture", None) or type(model).__name__
+
+
+def _license_of(base_model: str | None) -> str | None:
+    if base_model is None or not hub_is_reachable():
+        return None
+    try:
+        card = huggingface_hub.model_info(base_model).card_data
+    except (OSError, ValueError):  # no such repository, or none of ours to see
+        return None
+    return card.license if card is not None else None
