@@ -10,6 +10,7 @@ Without --teacher the script first fine-tunes one, by ordinary supervised traini
 label; labels of the test images, where they exist, only serve to report accuracy.
 """
 
+import contextlib
 import copy
 import json
 import logging
@@ -21,7 +22,6 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from sqakd_hf import (
     ImageCollator,
@@ -41,7 +41,8 @@ from sqakd_hf import (
     quantize_model,
     split_holdout,
 )
-from sqakd_hf.modeling import preprocessing
+from sqakd_hf.checkpoint import last_checkpoint
+from sqakd_hf.modeling import Preprocessing, image_processor, preprocessing
 from sqakd_hf.report import plot_learning_curve, results_table
 
 
@@ -126,7 +127,9 @@ def main() -> None:
     try:
         distil(script, quantization, args)
     except KeyboardInterrupt:
-        last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        last = None
+        with contextlib.suppress(InputError):
+            last = last_checkpoint(args.output_dir)
         way_on = "--resume_from_checkpoint last to go on" if last else "--overwrite_output_dir to start again"
         sys.exit(f"\nInterrupted{f', saved {last}' if last else ''}. Run the same command with {way_on}.")
 
@@ -170,6 +173,9 @@ def distil(script: ScriptArguments, quantization: QuantizationArguments, args: D
         args,
         train_dataset=train,
         eval_dataset=None if holdout is None else holdout.with_transform(plain),
+        processing_class=image_processor(
+            Preprocessing(plain.size, plain.mean, plain.std, plain.crop_pct, plain.interpolation)
+        ),
         callbacks=[interrupt],
     )
     trainer.calibrate()
@@ -181,7 +187,11 @@ def distil(script: ScriptArguments, quantization: QuantizationArguments, args: D
         raise KeyboardInterrupt
     results["student"] = evaluate(trainer, test)
 
-    trainer.save_model()
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset=script.dataset)
+    else:
+        trainer.save_model()
+        trainer.create_model_card(dataset=script.dataset)
     if trainer.is_world_process_zero():
         plot_learning_curve(
             trainer.state.log_history,
@@ -190,7 +200,9 @@ def distil(script: ScriptArguments, quantization: QuantizationArguments, args: D
         )
         results["arguments"] = {**asdict(script), **config.to_dict(), "training": json.loads(args.to_json_string())}
         (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        print(f"\n{results_table(results, plan)}\n\nStudent, results.json and learning_curve.png are in {output}.")
+        print(
+            f"\n{results_table(results, plan)}\n\nStudent, results.json and learning_curve.png are in {output}."
+        )
 
 
 def get_teacher(script: ScriptArguments, args: DistillationArguments, data: ImageData) -> tuple[PreTrainedModel, bool]:
@@ -311,9 +323,7 @@ def teacher_folder(args: DistillationArguments) -> str:
 def check_output_folder(script: ScriptArguments, args: DistillationArguments) -> None:
     folder = Path(args.output_dir)
     if args.resume_from_checkpoint == "last":
-        args.resume_from_checkpoint = get_last_checkpoint(args.output_dir) if folder.is_dir() else None
-        if args.resume_from_checkpoint is None:
-            raise InputError(f"There is no checkpoint in {args.output_dir!r} to resume from. Start the run anew.")
+        args.resume_from_checkpoint = last_checkpoint(args.output_dir)
     if args.resume_from_checkpoint or script.overwrite_output_dir:
         return
     if folder.is_dir() and any(folder.iterdir()):

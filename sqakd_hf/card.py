@@ -17,7 +17,7 @@ TAGS = ("sqakd", "sqakd_hf", "quantization", "quantization-aware-training", "kno
 _METRICS = (
     ("accuracy", "accuracy", "{:.2%}"),
     ("agreement", "agreement with the teacher", "{:.2%}"),
-    ("kl", "KL", "{:.4f}"),
+    ("kl", "divergence (T² · KL)", "{:.4f}"),
 )
 _LOAD = """\
 import sqakd_hf  # registers the format: without it, loading stops with an error
@@ -75,7 +75,7 @@ def model_card(
         model_name=name,
         eval_results=_eval_results(results, pipeline_tag, datasets, dataset_name) or None,
     )
-    origin = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"a {_architecture(model)}"
+    origin = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"A network of architecture `{_architecture(model)}`"
     extra = ", pipeline" if pipeline_tag == "image-classification" else ""
     snippet = _LOAD.format(auto_class=auto_class, repo_id=repo_id, extra=extra)
     if extra:
@@ -98,14 +98,13 @@ def model_card(
 def _results(results: Mapping[str, Mapping[str, float | None]] | None, dataset: str | None) -> str:
     if not results:
         return "Not measured in the run that wrote this card."
-    images = next((row["images"] for row in results.values() if row.get("images")), None)
-    rows = [["", *(title for _, title, _ in _METRICS)]]
+    rows = [["", *(title for _, title, _ in _METRICS), "images"]]
     for key, title in ROWS:
         row = results.get(key, {})
         cells = [form.format(row[name]) if row.get(name) is not None else "-" for name, _, form in _METRICS]
-        rows.append([title, *cells])
-    where = "Measured by the run that trained this student" + (f" on {images:,} images" if images else "")
-    return f"{where}{f' of {dataset}' if dataset else ''}; `-`: not measured.\n\n{_table(rows)}"
+        rows.append([title, *cells, f"{row['images']:,}" if row.get("images") else "-"])
+    where = f" on images of {dataset}" if dataset else ""
+    return f"Measured by the run that trained this student{where}; `-`: not measured.\n\n{_table(rows)}"
 
 
 def _size(model: PreTrainedModel, stored_bytes: int | None) -> str:

@@ -156,18 +156,6 @@ def resolve_name(name: str) -> str:
     return name
 
 
-def image_processor(model: PreTrainedModel) -> ImageProcessingMixin | None:
-    """Return the image processor that belongs to `model`: timm's, or the one where it was loaded from; else `None`."""
-    if isinstance(model.config, TimmWrapperConfig):
-        from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
-
-        return TimmWrapperImageProcessor(model.config.pretrained_cfg, architecture=model.config.architecture)
-    try:
-        return AutoImageProcessor.from_pretrained(model.config._name_or_path, local_files_only=not hub_is_reachable())
-    except (OSError, ValueError):
-        return None
-
-
 def _set_num_labels(config: PreTrainedConfig, num_labels: int) -> None:
     """Give `config` classes of no particular name, unless it has as many already."""
     if config.num_labels != num_labels:
@@ -235,3 +223,17 @@ def preprocessing(model: PreTrainedModel) -> Preprocessing:
     resample = getattr(processor, "resample", None)
     interpolation = "bicubic" if resample is None else _RESAMPLING.get(int(resample), "bicubic")
     return Preprocessing(size, mean, std, interpolation=interpolation, fixed_size=stated is not None)
+
+
+def image_processor(expected: Preprocessing) -> ImageProcessingMixin:
+    """Return an image processor that prepares images as `expected`: resize the shorter side, crop the centre."""
+    from transformers import BitImageProcessor
+
+    resample = next(number for number, name in _RESAMPLING.items() if name == expected.interpolation)
+    return BitImageProcessor(
+        size={"shortest_edge": round(expected.image_size / expected.crop_pct)},
+        crop_size={"height": expected.image_size, "width": expected.image_size},
+        resample=resample,
+        image_mean=list(expected.mean),
+        image_std=list(expected.std),
+    )

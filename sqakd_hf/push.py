@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .card import model_card
 from .errors import UploadError, reason
-from .modeling import image_processor
+from .modeling import image_processor, preprocessing
 
 
 def push_to_hub(
@@ -46,9 +46,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         # First all that can fail on this side.
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        processor = image_processor(model)
-        if processor is not None:
-            processor.save_pretrained(folder)
+        image_processor(preprocessing(model)).save_pretrained(folder)
         with upload_errors(repo_id, "Nothing was changed on this side"):
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             try:

@@ -1,25 +1,49 @@
 """`SQAKDTrainer`: transformers' Trainer whose loss is the student's divergence from its teacher."""
 
+import functools
 import os
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy
+from transformers.utils import PushInProgress
 
+from .card import model_card
+from .checkpoint import STATE_FILE, is_complete, last_checkpoint
 from .collator import ImageCollator
 from .convert import calibrate_model, forward_logits, is_calibrated, quantized_layers, quantizers
 from .errors import InputError
+from .hub import hub_id
 from .losses import check_same_classes, distillation_loss
-from .modeling import load_teacher, num_classes
+from .modeling import image_processor, load_teacher, num_classes, preprocessing
+from .push import upload_errors, weight_bytes
 from .training_args import SQAKDTrainingArguments
 
 
 ARGUMENTS_FILE = "training_args.json"
+# What a reader of the card wants to know; all arguments are in ARGUMENTS_FILE.
+CARD_ARGUMENTS = (
+    "temperature",
+    "learning_rate",
+    "quantizer_learning_rate",
+    "calibration_images",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "weight_decay",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "seed",
+    "bf16",
+    "fp16",
+)
 
 
 class SQAKDTrainer(Trainer):
@@ -81,7 +105,10 @@ class SQAKDTrainer(Trainer):
         self.teacher_model = self._prepare_teacher(teacher)
         self._agreement = _RunningMean()
         self._evaluated: dict[str, _RunningMean] = {}
-        self._saves_checkpoint = False
+        # What `evaluate` measured: teacher, student, and the student before its first step.
+        self.results: dict[str, dict[str, float | None]] = {}
+        self._calibrated = False
+        self._format = "packed"
 
     def _prepare_teacher(self, teacher: nn.Module) -> nn.Module:
         teacher.requires_grad_(False).eval().to(self.args.device)
@@ -94,7 +121,18 @@ class SQAKDTrainer(Trainer):
     # --- training ---
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        """Train; a student without ranges is calibrated first, unless a checkpoint brings them."""
+        """Train; a student without ranges is calibrated first, unless a checkpoint brings them.
+
+        `resume_from_checkpoint=True` goes on from the last complete checkpoint: a run that was killed while it saved
+        leaves a half-written one, which is passed over.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
+            raise InputError(
+                f"The checkpoint {resume_from_checkpoint!r} does not exist or is half-written. "
+                "resume_from_checkpoint=True finds the last complete one."
+            )
         if not resume_from_checkpoint and not is_calibrated(self.model):
             self.calibrate()
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -110,6 +148,7 @@ class SQAKDTrainer(Trainer):
         calibrate_model(
             self.model, list(self._calibration_batches()), disable_progress=not self.is_world_process_zero()
         )
+        self._calibrated = True
 
     def _calibration_batches(self) -> Iterator[torch.Tensor]:
         dataset, total = self.train_dataset, self.args.calibration_images
@@ -183,8 +222,18 @@ class SQAKDTrainer(Trainer):
             raise InputError("The student has no ranges yet. Call trainer.calibrate() or trainer.train() first.")
         self._evaluated = {}
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        for name, mean in self._evaluated.items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = mean.pop()
+        images = output.num_samples
+        means = {name: mean.pop() for name, mean in self._evaluated.items()}
+        teacher_accuracy = means.pop("teacher_accuracy", None)
+        output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
+        if means:
+            self.results["teacher"] = {"accuracy": teacher_accuracy, "agreement": 1.0, "kl": 0.0, "images": images}
+            self.results["calibrated" if self._calibrated and self.state.global_step == 0 else "student"] = {
+                "accuracy": means.get("accuracy"),
+                "agreement": means["agreement"],
+                "kl": means["loss"],
+                "images": images,
+            }
         return output
 
     @torch.no_grad()
@@ -203,6 +252,7 @@ class SQAKDTrainer(Trainer):
         values = {"loss": loss, "agreement": _agreement(student, teacher)}
         if labels is not None:
             values["accuracy"] = (student.argmax(1) == labels).float()
+            values["teacher_accuracy"] = (teacher.argmax(1) == labels).float()
         for name, value in values.items():
             # Drops the images that fill up the last batch of a distributed loader.
             gathered = self.accelerator.gather_for_metrics(value)
@@ -213,30 +263,129 @@ class SQAKDTrainer(Trainer):
 
     # --- saving ---
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._saves_checkpoint = True
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        if self.args.should_save and os.path.exists(state := os.path.join(folder, STATE_FILE)):
+            os.remove(state)  # written last: a checkpoint that is being written again is not complete
+        self._format = "latent"
         try:
-            super()._save_checkpoint(*args, **kwargs)
+            super()._save_checkpoint(model, trial)
         finally:
-            self._saves_checkpoint = False
+            self._format = "packed"
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        if not isinstance(self.model, PreTrainedModel):
-            super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            output_dir = self.args.output_dir if output_dir is None else output_dir
+        if not self.args.should_save:
+            return
+        folder = self.args.output_dir if output_dir is None else output_dir
+        if isinstance(self.model, PreTrainedModel):
             # Training goes on from latents; everyone else gets the packed codes.
-            with self.model.hf_quantizer.saving("latent" if self._saves_checkpoint else "packed", state_dict):
-                self.model.save_pretrained(output_dir)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(output_dir)
-        if self.args.should_save:
-            # JSON hides tokens; Trainer's training_args.bin is a pickle that holds them in clear.
-            folder = output_dir or self.args.output_dir
-            if os.path.exists(pickled := os.path.join(folder, "training_args.bin")):
-                os.remove(pickled)
-            with open(os.path.join(folder, ARGUMENTS_FILE), "w", encoding="utf-8") as file:
-                file.write(self.args.to_json_string())
+            with self.model.hf_quantizer.saving(self._format, state_dict):
+                self.model.save_pretrained(folder)
+            processor = self.processing_class
+            if processor is None and self._format == "packed":
+                processor = image_processor(preprocessing(self.model))
+            if processor is not None:
+                processor.save_pretrained(folder)
+        else:
+            super()._save(folder, state_dict)
+        # JSON hides tokens; Trainer's training_args.bin is a pickle that holds them in clear.
+        if os.path.exists(pickled := os.path.join(folder, "training_args.bin")):
+            os.remove(pickled)
+        with open(os.path.join(folder, ARGUMENTS_FILE), "w", encoding="utf-8") as file:
+            file.write(self.args.to_json_string())
+
+    # --- the Hub ---
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Upload the packed student, its image processor and its card, as [`~transformers.Trainer.push_to_hub`] does.
+
+        Raises:
+            `UploadError`: The Hub refused, or the connection broke; the files stay in `args.output_dir`.
+        """
+        with upload_errors(self.hub_model_id, f"All files are in {self.args.output_dir!r}"):
+            return super().push_to_hub(*args, **kwargs)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write the student's card to `README.md` in the output folder, with what this trainer measured.
+
+        The arguments are those of [`~transformers.Trainer.create_model_card`]; `tasks` and `dataset_args` follow from
+        the model. A model that is not of transformers gets transformers' own card.
+        """
+        if not isinstance(self.model, PreTrainedModel):
+            super().create_model_card(
+                language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
+            )
+        elif self.is_world_process_zero():
+            card = model_card(
+                self.model,
+                self.hub_model_id or model_name or os.path.basename(os.path.abspath(self.args.output_dir)),
+                base_model=finetuned_from or self._base_model(),
+                results=self.results,
+                training_arguments={name: getattr(self.args, name) for name in CARD_ARGUMENTS},
+                datasets=_listed(dataset_tags),
+                dataset_name=", ".join(_listed(dataset)) or None,
+                license=license,
+                language=language,
+                tags=_listed(tags),
+                stored_bytes=weight_bytes(self.args.output_dir) or None,
+            )
+            card.save(os.path.join(self.args.output_dir, "README.md"))
+
+    def _base_model(self) -> str | None:
+        teacher = getattr(self.accelerator.unwrap_model(self.teacher_model), "config", None)
+        return hub_id(getattr(teacher, "_name_or_path", None)) or self.model.hf_quantizer.base_model
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload while training: the packed student, and the checkpoint itself where `hub_strategy` wants it.
+
+        Trainer's own copies the checkpoint's float latents, and a pickle with the token in it.
+        """
+        strategy = self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._format = "packed"
+        self._save(self.args.output_dir)
+        self.create_model_card()
+        by_steps = self.args.save_strategy == SaveStrategy.STEPS
+        progress = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch)}"
+        message = f"Training in progress, {progress}"
+        upload = functools.partial(
+            HfApi().upload_folder,
+            repo_id=self.hub_model_id,
+            token=self.args.hub_token,
+            run_as_future=True,
+            revision=self.args.hub_revision,
+        )
+        ignored = ["_*", "checkpoint-*"]
+        jobs = [upload(folder_path=self.args.output_dir, commit_message=message, ignore_patterns=ignored)]
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            inside = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else os.path.basename(checkpoint_folder)
+            jobs.append(
+                upload(folder_path=checkpoint_folder, path_in_repo=inside, commit_message=f"{message}, checkpoint")
+            )
+        if busy:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
+
+
+def _listed(names: str | list[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or ())
 
 
 def _agreement(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

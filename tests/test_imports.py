@@ -16,7 +16,7 @@ ROOT = Path(sqakd_hf.__file__).parent
 # A module imports from lower layers only; the modules of the package `quantizers` count as one.
 LAYERS = [
     {"errors", "functional", "hub"},
-    {"losses", "quantizers", "packing"},
+    {"losses", "quantizers", "packing", "checkpoint"},
     {"metrics", "layers", "configuration", "collator"},
     {"plan"},
     {"convert", "manifest", "report", "transforms", "sources"},
