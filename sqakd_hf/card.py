@@ -84,7 +84,7 @@ def model_card(
         f"---\n{data.to_yaml()}\n---\n\n# {name}",
         f"{origin} with {bits} weights and activations (bits of most of its weights), trained by self-supervised "
         "quantization-aware knowledge distillation "
-        "([SQAKD](https://arxiv.org/abs/2309.13220)): the only loss is the divergence from the full-precision "
+        "([SQAKD](https://arxiv.org/abs/2403.11106)): the only loss is the divergence from the full-precision "
         "teacher's logits, and no labels are used.",
         f"## Load it\n\n```bash\npip install sqakd_hf\n```\n\n```python\n{snippet}```",
         "## Results\n\n" + _results(results, dataset_name or ", ".join(datasets) or None),
