@@ -1,0 +1,231 @@
+"""Checkpoints: two formats, exact resuming, and what a killed process leaves behind.
+
+The kill test runs five times; `SQAKD_KILLS=50` runs it fifty times.
+"""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+
+from sqakd_hf import (
+    InputError,
+    QuantizationConfig,
+    SQAKDTrainer,
+    SQAKDTrainingArguments,
+    build_model,
+    calibrate_model,
+    quantize_model,
+    quantized_layers,
+)
+from sqakd_hf.checkpoint import is_complete, last_checkpoint
+from tests.conftest import CLASSES, tiny_vit
+
+
+def timm_resnet():
+    return build_model("timm/test_resnet", CLASSES, image_size=32)
+
+
+MODELS = pytest.mark.parametrize(("build", "size"), [(tiny_vit, 16), (timm_resnet, 32)], ids=["native-vit", "timm"])
+
+
+def make_trainer(folder, build, size, **options):
+    torch.manual_seed(0)
+    teacher = build()
+    student = copy.deepcopy(teacher)
+    quantize_model(student, QuantizationConfig(quantizer="dorefa", weight_bits=3))
+    generator = torch.Generator().manual_seed(1)
+    data = [{"pixel_values": torch.randn(3, size, size, generator=generator)} for _ in range(32)]
+    args = SQAKDTrainingArguments(
+        output_dir=str(folder),
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        per_device_train_batch_size=8,
+        save_strategy="steps",
+        save_steps=2,
+        **{"max_steps": 6, "learning_rate": 1e-2, **options},
+    )
+    return SQAKDTrainer(student, teacher, args, data, data[:8])
+
+
+@MODELS
+class TestTwoFormats:
+    def test_checkpoints_hold_latents_and_the_final_model_is_packed(self, tmp_path, build, size):
+        trainer = make_trainer(tmp_path, build, size)
+        trainer.train()
+        trainer.save_model()
+        layers = quantized_layers(trainer.model)
+        latent = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
+        packed = load_file(tmp_path / "model.safetensors")
+        assert latent.keys() == packed.keys() == trainer.model.state_dict().keys()
+        for name, layer in layers.items():
+            assert torch.equal(latent[f"{name}.weight"], layer.weight)
+            assert packed[f"{name}.weight"].dtype == torch.uint8 and packed[f"{name}.weight"].dim() == 1
+        images = torch.randn(2, 3, size, size)
+        trainer.model.eval()
+        for folder in (tmp_path, tmp_path / "checkpoint-6"):
+            loaded = AutoModelForImageClassification.from_pretrained(folder)
+            assert torch.equal(loaded(images).logits, trainer.model(images).logits)
+        assert not list(tmp_path.rglob("training_args.bin"))
+
+    def test_resuming_in_a_new_student_gives_the_same_weights(self, tmp_path, build, size):
+        whole = make_trainer(tmp_path / "whole", build, size)
+        whole.train()
+        shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "part" / "checkpoint-2")
+        resumed = make_trainer(tmp_path / "part", build, size)
+        resumed.train(resume_from_checkpoint=True)
+        for name, tensor in whole.model.state_dict().items():
+            assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+    def test_a_packed_student_resumes_too(self, tmp_path, build, size):
+        whole = make_trainer(tmp_path, build, size)
+        whole.train()
+        whole.save_model(tmp_path / "packed")
+        resumed = make_trainer(tmp_path, build, size)
+        resumed.model = resumed.model_wrapped = AutoModelForImageClassification.from_pretrained(tmp_path / "packed")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        for name, tensor in whole.model.state_dict().items():
+            assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+    def test_the_best_model_comes_back_whole(self, tmp_path, build, size):
+        trainer = make_trainer(
+            tmp_path,
+            build,
+            size,
+            eval_strategy="steps",
+            eval_steps=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="agreement",
+            learning_rate=1.0,
+        )
+        trainer.train()
+        best = load_file(os.path.join(trainer.state.best_model_checkpoint, "model.safetensors"))
+        last = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
+        state = trainer.model.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in best.items())
+        if not trainer.state.best_model_checkpoint.endswith("checkpoint-6"):
+            assert any(not torch.equal(state[name], tensor) for name, tensor in last.items())
+
+
+def test_the_gathered_state_of_a_spread_model_is_what_gets_packed(tmp_path):
+    """FSDP hands the whole state to `_save`, where the model itself holds only a share."""
+    trainer, other = (make_trainer(tmp_path / name, tiny_vit, 16) for name in ("one", "two"))
+    for each in (trainer, other):
+        each.calibrate()
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    trainer._save(str(tmp_path / "saved"), state_dict=other.model.state_dict())
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "saved")
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(loaded(images).logits, other.model.eval()(images).logits)
+
+
+class TestHalfWritten:
+    def test_only_a_folder_with_a_whole_state_file_is_complete(self, tmp_path):
+        state = tmp_path / "trainer_state.json"
+        assert not is_complete(tmp_path)
+        for text, complete in (("", False), ('{"global_step": 2, "lo', False), ('{"global_step": 2}', True)):
+            state.write_text(text)
+            assert is_complete(tmp_path) is complete
+
+    def test_the_last_complete_checkpoint_is_found_by_number(self, tmp_path, caplog):
+        for step, text in ((9, "{}"), (10, '{"global_step": 10}'), (2, '{"global_step": 2}'), (100, "")):
+            folder = tmp_path / f"checkpoint-{step}"
+            folder.mkdir()
+            (folder / "trainer_state.json").write_text(text)
+        assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+        assert "checkpoint-100" in caplog.text and "checkpoint-9" not in caplog.text
+
+    def test_none_at_all_is_a_sentence(self, tmp_path):
+        with pytest.raises(InputError, match="no complete checkpoint in .* none at all"):
+            last_checkpoint(tmp_path / "nowhere")
+        (tmp_path / "checkpoint-3").mkdir()
+        with pytest.raises(InputError, match="only half-written ones: .*checkpoint-3"):
+            last_checkpoint(tmp_path)
+
+    def test_resuming_from_a_half_written_one_is_refused(self, tmp_path):
+        trainer = make_trainer(tmp_path, tiny_vit, 16)
+        (tmp_path / "checkpoint-4").mkdir()
+        with pytest.raises(InputError, match="checkpoint-4.* half-written"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+    def test_the_config_of_one_save_with_the_weights_of_another_is_refused(self, tmp_path):
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            model = tiny_vit()
+            quantize_model(model)
+            calibrate_model(model, [torch.randn(8, 3, 16, 16)], disable_progress=True)
+            model.save_pretrained(tmp_path / str(seed))
+        shutil.copy(tmp_path / "1" / "config.json", tmp_path / "0" / "config.json")
+        with pytest.raises(InputError, match="is not what was saved: .* half-written or of another student"):
+            AutoModelForImageClassification.from_pretrained(tmp_path / "0")
+
+
+KILL = """
+import os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from tests.test_checkpoint import AutoModelForImageClassification, last_checkpoint, make_trainer, tiny_vit
+from sqakd_hf.checkpoint import is_complete
+
+def forked(work):
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return pid
+
+root, kills = Path(sys.argv[1]), int(sys.argv[2])
+half_written = 0
+for kill in range(kills):
+    generator = random.Random(kill)
+    folder = root / str(kill)
+    victim = folder / f"checkpoint-{2 * generator.randint(2, 4)}"
+    pid = forked(lambda: make_trainer(folder, tiny_vit, 16, max_steps=1000).train())
+    deadline = time.monotonic() + 60
+    while not victim.exists():
+        assert time.monotonic() < deadline and os.waitpid(pid, os.WNOHANG) == (0, 0), "training died by itself"
+    time.sleep(generator.uniform(0, 0.01))
+    os.kill(pid, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    half_written += not is_complete(victim)
+    last = last_checkpoint(folder)
+    step = int(last.rpartition("-")[2])
+
+    def go_on():
+        AutoModelForImageClassification.from_pretrained(last)
+        trainer = make_trainer(folder, tiny_vit, 16, max_steps=step + 4)
+        trainer.train(resume_from_checkpoint=True)
+        assert trainer.state.global_step == step + 4
+        assert last_checkpoint(folder).endswith(f"checkpoint-{step + 4}")
+
+    assert os.waitpid(forked(go_on), 0)[1] == 0, f"kill {kill}: did not resume from {last}"
+print("half-written:", half_written)
+"""
+
+
+def test_a_killed_run_resumes_from_its_last_complete_checkpoint(tmp_path):
+    kills = int(os.environ.get("SQAKD_KILLS", "5"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", KILL, str(tmp_path), str(kills)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    half_written = int(done.stdout.rpartition("half-written:")[2])
+    assert half_written >= kills // 5, "the kills came too late to test anything"
+    print(json.dumps({"kills": kills, "half_written": half_written}))
