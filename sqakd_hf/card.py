@@ -75,7 +75,8 @@ def model_card(
         model_name=name,
         eval_results=_eval_results(results, pipeline_tag, datasets, dataset_name) or None,
     )
-    origin = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"A network of architecture `{_architecture(model)}`"
+    link = f"[{base_model}](https://huggingface.co/{base_model})"
+    origin = link if base_model else f"A network of architecture `{_architecture(model)}`"
     extra = ", pipeline" if pipeline_tag == "image-classification" else ""
     snippet = _LOAD.format(auto_class=auto_class, repo_id=repo_id, extra=extra)
     if extra:

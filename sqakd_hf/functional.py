@@ -143,7 +143,8 @@ def dequantize(codes: torch.Tensor, grid: Grid, *, channel_axis: int | None = No
         tensor([0., 2., 3.])
     """
     scale, zero_point = _along(grid.scale, codes, channel_axis), _along(grid.zero_point, codes, channel_axis)
-    return (codes.to(scale.dtype) - zero_point) * scale
+    # In place: whole models are unpacked this way.
+    return codes.to(scale.dtype, copy=True).sub_(zero_point).mul_(scale)
 
 
 def _along(values: torch.Tensor, x: torch.Tensor, channel_axis: int | None) -> torch.Tensor:
