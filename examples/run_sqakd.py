@@ -200,9 +200,7 @@ def distil(script: ScriptArguments, quantization: QuantizationArguments, args: D
         )
         results["arguments"] = {**asdict(script), **config.to_dict(), "training": json.loads(args.to_json_string())}
         (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        print(
-            f"\n{results_table(results, plan)}\n\nStudent, results.json and learning_curve.png are in {output}."
-        )
+        print(f"\n{results_table(results, plan)}\n\nStudent, results.json and learning_curve.png are in {output}.")
 
 
 def get_teacher(script: ScriptArguments, args: DistillationArguments, data: ImageData) -> tuple[PreTrainedModel, bool]:

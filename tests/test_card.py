@@ -1,0 +1,94 @@
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from sqakd_hf import QuantizationConfig, quantize_model
+from sqakd_hf.card import model_card
+from sqakd_hf.hub import hub_id
+from tests.conftest import tiny_vit
+
+
+RESULTS = {
+    "teacher": {"accuracy": 0.75, "agreement": 1.0, "kl": 0.0, "images": 1200},
+    "calibrated": {"accuracy": 0.5, "agreement": 0.625, "kl": 1.5, "images": 1200},
+    "student": {"accuracy": 0.725, "agreement": 0.875, "kl": 0.25, "images": 1200},
+}
+
+
+@pytest.fixture
+def student():
+    torch.manual_seed(0)
+    model = tiny_vit()
+    quantize_model(model, QuantizationConfig(weight_bits=3, activation_bits=4))
+    return model
+
+
+def reread(card, tmp_path):
+    card.save(tmp_path / "README.md")
+    return ModelCard.load(tmp_path / "README.md")
+
+
+def test_metadata_is_what_the_hub_understands(student, tmp_path):
+    card = model_card(
+        student,
+        "me/student",
+        base_model="timm/resnet18.a1_in1k",
+        results=RESULTS,
+        datasets=["ylecun/mnist"],
+        license="apache-2.0",
+        language="en",
+        tags=["mine"],
+    )
+    data = reread(card, tmp_path).data
+    assert (data.library_name, data.pipeline_tag, data.license) == (
+        "transformers",
+        "image-classification",
+        "apache-2.0",
+    )
+    assert (data.base_model, data.base_model_relation) == ("timm/resnet18.a1_in1k", "quantized")
+    assert data.datasets == ["ylecun/mnist"] and data.language == "en"
+    assert {"sqakd", "sqakd_hf", "quantization", "w3a4", "mine"} <= set(data.tags)
+    measured = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert measured == {"accuracy": 0.725, "agreement": 0.875, "kl": 0.25}
+    assert {result.dataset_type for result in data.eval_results} == {"ylecun/mnist"}
+
+
+def test_a_reader_finds_numbers_bits_and_how_to_load(student):
+    text = str(model_card(student, "me/student", results=RESULTS, stored_bytes=1000, training_arguments={"seed": 3}))
+    assert "| calibrated only | 50.00% | 62.50% | 1.5000 | 1,200 |" in text
+    assert "| distilled student | 72.50% | 87.50% | 0.2500 | 1,200 |" in text
+    assert "import sqakd_hf" in text and 'from_pretrained("me/student")' in text
+    assert "The weight files take 1,000 bytes" in text and "| `seed` | `3` |" in text
+    for layer in student.quantization_plan:
+        assert layer.name in text
+
+
+def test_what_was_not_measured_is_not_claimed(student, tmp_path):
+    card = reread(model_card(student, "me/student"), tmp_path)
+    assert "Not measured in the run that wrote this card." in card.text
+    assert card.data.eval_results is None and card.data.base_model is None and card.data.license is None
+    unlabelled = {"student": {"accuracy": None, "agreement": 0.5, "kl": 1.0}}
+    text = str(model_card(student, "me/student", results=unlabelled))
+    assert "| teacher | - | - | - | - |" in text and "| distilled student | - | 50.00% | 1.0000 | - |" in text
+
+
+def test_sizes_are_those_of_the_float_network(student):
+    float_bytes = sum(tensor.numel() * 4 for tensor in tiny_vit().state_dict().values())
+    text = str(model_card(student, "me/student", stored_bytes=float_bytes // 4))
+    assert f"the float32 weights {float_bytes:,}: 4.0 times less" in text
+
+
+@pytest.mark.parametrize("name", ["timm/resnet18.a1_in1k", "google/vit-base-patch16-224"])
+def test_repositories_have_ids(name):
+    assert hub_id(name) == name
+
+
+@pytest.mark.parametrize("name", [None, "", "resnet18", "/home/me/model", "./a/b", "a/b/c", "../model", "~/model"])
+def test_folders_have_none(name):
+    assert hub_id(name) is None
+
+
+def test_an_existing_folder_is_no_id(tmp_path, monkeypatch):
+    (tmp_path / "out" / "run").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert hub_id("out/run") is None
