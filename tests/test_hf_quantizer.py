@@ -1,5 +1,6 @@
 import copy
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -344,3 +345,28 @@ def test_a_flipped_bit_is_named(saved, tmp_path, name):
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(InputError, match=rf"{re.escape(str(path))}: the tensor '{name}' is not what was saved"):
         AutoModelForImageClassification.from_pretrained(tmp_path)
+
+
+def test_copies_save_and_upload_themselves(saved, tmp_path):
+    folder, model = saved
+    for original in (model, AutoModelForImageClassification.from_pretrained(folder)):
+        for other in (copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
+            assert other.push_to_hub.args[0] is other and other.hf_quantizer is not original.hf_quantizer
+            with torch.no_grad():
+                other.vit.layernorm.bias.add_(1)
+            other.save_pretrained(tmp_path)
+            loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+            assert torch.equal(logits(loaded, 16), logits(other, 16))
+            assert not torch.equal(logits(loaded, 16), logits(original, 16))
+
+
+def test_a_students_base_model_travels_with_it(tmp_path):
+    model = tiny_vit()
+    model.config._name_or_path = "someone/vit"
+    quantize_model(model, QuantizationConfig())
+    calibrate_model(model, [torch.randn(8, 3, 16, 16)], disable_progress=True)
+    model.save_pretrained(tmp_path / "one")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "one")
+    loaded.save_pretrained(tmp_path / "two")
+    stored = json.loads((tmp_path / "two" / "config.json").read_text())["quantization_config"]["stored"]
+    assert loaded.hf_quantizer.base_model == stored["base_model"] == "someone/vit"
