@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Bytes to which torch aligns what it allocates on a CPU.
+_ALIGNMENT = 64
+
 register_quantization_config("sqakd")(QuantizationConfig)
 
 
@@ -76,7 +79,7 @@ class SQAKDHfQuantizer(HfQuantizer):
             self.attach(model)
         else:
             self._rebuild(model, stored, kwargs.get("checkpoint_files"))
-        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        self._expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.named_parameters()}
         if not self.pre_quantized:
             # A float checkpoint has no ranges: nothing to report as missing.
             ranges = [rf"{name}\.(weight|input)_quantizer\." for name in quantized_layers(model)]
@@ -125,10 +128,20 @@ class SQAKDHfQuantizer(HfQuantizer):
                 raise InputError(f"transformers did not find the packed weight of {name!r} in the files.")
             _unpack(layers[name], shape, dtype)
         for name, parameter in model.named_parameters():
-            # transformers 5.17 leaves renamed weights of quantized models in the dtype of their file.
-            dtype = self._dtypes.get(name, parameter.dtype)
+            shape, dtype = self._expected.get(name, (parameter.shape, parameter.dtype))
+            if parameter.shape != shape:
+                # transformers 5.17 passes over this for quantized models.
+                raise InputError(
+                    f"The stored {name!r} has the shape {list(parameter.shape)}, this model needs {list(shape)}: "
+                    "another number of classes, or another architecture. Load it as it was saved, or upgrade "
+                    "transformers."
+                )
             if parameter.dtype != dtype:
+                # transformers 5.17 leaves renamed weights of quantized models in the dtype of their file.
                 parameter.data = parameter.data.to(dtype)
+            if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
+                # Mapped from the file at an odd address, where some kernels sum in another order.
+                parameter.data = parameter.data.clone()
         if self._new:
             logger.warning(
                 "New and uncalibrated, because the number of classes differs: %s. SQAKDTrainer calibrates before it "
