@@ -362,9 +362,9 @@ def test_copies_save_and_upload_themselves(saved, tmp_path):
             with torch.no_grad():
                 other.vit.layernorm.bias.add_(1)
             other.save_pretrained(tmp_path)
-            loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
-            assert torch.equal(logits(loaded, 16), logits(other, 16))
-            assert not torch.equal(logits(loaded, 16), logits(original, 16))
+            reloaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+            assert torch.equal(logits(reloaded, 16), logits(other, 16))
+            assert not torch.equal(logits(reloaded, 16), logits(original, 16))
 
 
 def test_a_students_base_model_travels_with_it(tmp_path):
