@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Bytes to which torch aligns what it allocates on a CPU.
-_ALIGNMENT = 64
-
 register_quantization_config("sqakd")(QuantizationConfig)
 
 
@@ -95,6 +92,10 @@ class SQAKDHfQuantizer(HfQuantizer):
         self.base_model = manifest.base_model
         prefix = model.base_model_prefix
         apply_plan(model, manifest.plan_for(model, prefix, where))
+        missing = model.state_dict().keys() - manifest.tensors.keys() - _never_stored(model)
+        if missing and type(model).__name__ in (model.config.architectures or ()):
+            # A backbone with a new head may lack tensors, and transformers reports them; the model that was saved not.
+            raise InputError(f"{where}: nothing is stored for {quote(sorted(missing)[:5])} of {type(model).__name__}.")
         for name, layer in quantized_layers(model).items():
             shape = layer.weight.shape
             if shape != manifest.stored_shape(name, prefix):
@@ -123,9 +124,10 @@ class SQAKDHfQuantizer(HfQuantizer):
                 f"{quote(missing[:3])}. It was saved before calibration, or is damaged: calibrate the student and "
                 "save it again."
             )
+        _leave_the_file(model)
         for name, (shape, dtype) in self._packed.items():
             if not getattr(layers[name].weight, "_is_hf_initialized", False):
-                raise InputError(f"transformers did not find the packed weight of {name!r} in the files.")
+                raise InputError(f"{model.config._name_or_path}: the files lack the packed weight of {name!r}.")
             _unpack(layers[name], shape, dtype)
         for name, parameter in model.named_parameters():
             shape, dtype = self._expected.get(name, (parameter.shape, parameter.dtype))
@@ -139,9 +141,6 @@ class SQAKDHfQuantizer(HfQuantizer):
             if parameter.dtype != dtype:
                 # transformers 5.17 leaves renamed weights of quantized models in the dtype of their file.
                 parameter.data = parameter.data.to(dtype)
-            if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
-                # Mapped from the file at an odd address, where some kernels sum in another order.
-                parameter.data = parameter.data.clone()
         if self._new:
             logger.warning(
                 "New and uncalibrated, because the number of classes differs: %s. SQAKDTrainer calibrates before it "
@@ -179,7 +178,7 @@ class SQAKDHfQuantizer(HfQuantizer):
             )
         layers = quantized_layers(model)
         state_dict = dict(model.state_dict() if self._gathered is None else self._gathered)
-        dropped = {*(model._keys_to_ignore_on_save or ()), *getattr(model, "all_tied_weights_keys", {})}
+        dropped = _never_stored(model)
         state_dict = {name: tensor for name, tensor in state_dict.items() if name not in dropped}
         record_signedness(model)
         plans = {layer.name: layer for layer in model.quantization_plan}
@@ -228,6 +227,22 @@ def _push_to_hub(model: "PreTrainedModel", *args: Any, **kwargs: Any) -> Any:
     from .push import push_to_hub  # with all that image processors need
 
     return push_to_hub(model, *args, **kwargs)
+
+
+def _leave_the_file(model: "PreTrainedModel") -> None:
+    """Copy what was loaded on the CPU out of the mapped files.
+
+    Whoever writes the file again would change the model, and mapped tensors lie at odd addresses, where some kernels
+    sum in another order.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
+def _never_stored(model: "PreTrainedModel") -> set[str]:
+    """Return the names that save_pretrained leaves out."""
+    return {*(model._keys_to_ignore_on_save or ()), *getattr(model, "all_tied_weights_keys", {})}
 
 
 def _refuse_offload(device_map: Any) -> None:

@@ -155,6 +155,8 @@ class Manifest:
                     f"{path}: the packed weight {name!r} must be one-dimensional uint8, got {tensor.dtype} "
                     f"{list(tensor.shape)}."
                 )
+        if "_quantizer." in name and tensor.dtype not in (torch.float32, torch.uint8):
+            raise InputError(f"{path}: the range {name!r} must be float32, got {tensor.dtype}.")
         if checksum(tensor) != self.tensors[name]:
             raise InputError(
                 f"{path}: the tensor {name!r} is not what was saved: its checksum is {checksum(tensor)}, the table "

@@ -377,3 +377,20 @@ def test_a_students_base_model_travels_with_it(tmp_path):
     loaded.save_pretrained(tmp_path / "two")
     stored = json.loads((tmp_path / "two" / "config.json").read_text())["quantization_config"]["stored"]
     assert loaded.hf_quantizer.base_model == stored["base_model"] == "someone/vit"
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_student_can_be_saved_where_it_was_loaded_from(saved, tmp_path, train):
+    folder = shutil.copytree(saved[0], tmp_path / "student")
+    loaded = AutoModelForImageClassification.from_pretrained(folder)
+    if train:
+        with torch.no_grad():
+            loaded.train().classifier.bias.add_(1)
+        loaded.eval()
+    expected = logits(loaded, 16)
+    loaded.save_pretrained(folder)
+    assert torch.equal(logits(loaded, 16), expected)
+    (folder / "model.safetensors").write_bytes(bytes((folder / "model.safetensors").stat().st_size))
+    assert torch.equal(logits(loaded, 16), expected)
+    loaded.save_pretrained(folder)
+    assert torch.equal(logits(AutoModelForImageClassification.from_pretrained(folder), 16), expected)
