@@ -237,3 +237,12 @@ def image_processor(expected: Preprocessing) -> ImageProcessingMixin:
         image_mean=list(expected.mean),
         image_std=list(expected.std),
     )
+
+
+def processor_of(model: PreTrainedModel) -> ImageProcessingMixin | None:
+    """Return the image processor saved where `model` came from; else, for a classifier, one like its preprocessing."""
+    try:
+        return AutoImageProcessor.from_pretrained(model.config._name_or_path, local_files_only=not hub_is_reachable())
+    except (OSError, ValueError):
+        is_classifier = type(model).__name__.endswith("ForImageClassification")
+        return image_processor(preprocessing(model)) if is_classifier else None

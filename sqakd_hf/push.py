@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .card import model_card
 from .errors import UploadError, reason
-from .modeling import image_processor, preprocessing
+from .modeling import processor_of
 
 
 def push_to_hub(
@@ -46,7 +46,8 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         # First all that can fail on this side.
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        image_processor(preprocessing(model)).save_pretrained(folder)
+        if (processor := processor_of(model)) is not None:
+            processor.save_pretrained(folder)
         with upload_errors(repo_id, "Nothing was changed on this side"):
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             try:

@@ -21,7 +21,7 @@ from .convert import calibrate_model, forward_logits, is_calibrated, quantized_l
 from .errors import InputError
 from .hub import hub_id
 from .losses import check_same_classes, distillation_loss
-from .modeling import image_processor, load_teacher, num_classes, preprocessing
+from .modeling import load_teacher, num_classes, processor_of
 from .push import upload_errors, weight_bytes
 from .training_args import SQAKDTrainingArguments
 
@@ -87,6 +87,11 @@ class SQAKDTrainer(Trainer):
             raise InputError(
                 "The student is not quantized. Call quantize_model(model, QuantizationConfig(...)) first."
             )
+        if isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is None:
+            raise InputError(
+                "The student has quantized layers that quantize_model did not put there, and could not be saved. "
+                "Use quantize_model, with overrides for single layers."
+            )
         teacher = load_teacher(teacher_model) if isinstance(teacher_model, str) else teacher_model
         if teacher is model:
             raise InputError("Student and teacher are one object. Use copy.deepcopy(model) before quantizing it.")
@@ -135,6 +140,7 @@ class SQAKDTrainer(Trainer):
             )
         if not resume_from_checkpoint and not is_calibrated(self.model):
             self.calibrate()
+        self.model.train()  # a student loaded from codes becomes latent before it is spread over devices
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def calibrate(self) -> None:
@@ -283,7 +289,7 @@ class SQAKDTrainer(Trainer):
                 self.model.save_pretrained(folder)
             processor = self.processing_class
             if processor is None and self._format == "packed":
-                processor = image_processor(preprocessing(self.model))
+                processor = processor_of(self.model)
             if processor is not None:
                 processor.save_pretrained(folder)
         else:
