@@ -124,7 +124,7 @@ class SQAKDHfQuantizer(HfQuantizer):
                 f"{quote(missing[:3])}. It was saved before calibration, or is damaged: calibrate the student and "
                 "save it again."
             )
-        _leave_the_file(model)
+        _leave_the_file(model, {layers[name].weight for name in self._packed})
         for name, (shape, dtype) in self._packed.items():
             if not getattr(layers[name].weight, "_is_hf_initialized", False):
                 raise InputError(f"{model.config._name_or_path}: the files lack the packed weight of {name!r}.")
@@ -229,14 +229,14 @@ def _push_to_hub(model: "PreTrainedModel", *args: Any, **kwargs: Any) -> Any:
     return push_to_hub(model, *args, **kwargs)
 
 
-def _leave_the_file(model: "PreTrainedModel") -> None:
-    """Copy what was loaded on the CPU out of the mapped files.
+def _leave_the_file(model: "PreTrainedModel", but: set[torch.Tensor]) -> None:
+    """Copy what was loaded on the CPU out of the mapped files, `but` for codes, which unpacking copies.
 
     Whoever writes the file again would change the model, and mapped tensors lie at odd addresses, where some kernels
     sum in another order.
     """
     for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.device.type == "cpu":
+        if tensor.device.type == "cpu" and tensor not in but:
             tensor.data = tensor.data.clone()
 
 
