@@ -5,10 +5,12 @@ from .dorefa import DoReFa, DoReFaWeight
 from .ewgs import EWGS
 from .lsq import LSQ, LSQPlus, LSQPlusWeight
 from .pact import PACT
+from .statistics import FEW_BITS
 
 
 __all__ = [
     "EWGS",
+    "FEW_BITS",
     "LSQ",
     "PACT",
     "DoReFa",

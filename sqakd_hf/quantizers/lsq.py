@@ -8,7 +8,7 @@ import torch
 
 from ..functional import MIN_RANGE, Grid
 from .base import FakeQuantizer, register_quantizer
-from .statistics import standard_deviation, widen
+from .statistics import FEW_BITS, best_ends, standard_deviation, widen
 
 
 def scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
@@ -51,11 +51,17 @@ class LSQ(FakeQuantizer):
         self.scale = self.new_range_parameter()
 
     def init_range(self, x: torch.Tensor) -> None:
-        magnitude = self.rows(x).abs().mean(1)
-        _, q_p = code_bounds(self.bits, self.signed)
-        scale = magnitude if self.binary else 2 * magnitude / q_p**0.5
+        rows = self.rows(x)
+        q_n, q_p = code_bounds(self.bits, self.signed)
+        if self.bits > FEW_BITS:
+            reach = rows.abs().amax(1)
+            _, upper = best_ends(reach * (q_n / q_p), reach, rows, self.levels)
+            scale = upper / q_p
+        else:
+            magnitude = rows.abs().mean(1)
+            scale = magnitude if self.binary else 2 * magnitude / q_p**0.5
         # All zero: any range is exact; one unit lets the range learn if zeros end.
-        self.set_range(scale=torch.where(scale > MIN_RANGE, scale, 1 / q_p))
+        self.set_range(scale=torch.where(scale * q_p > MIN_RANGE, scale, 1 / q_p))
 
     def clip_range(self, x: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         q_n, q_p = code_bounds(self.bits, self.signed)
@@ -90,7 +96,7 @@ class LSQPlus(FakeQuantizer):
         if self.binary:
             high = rows.abs().mean(1)
             low = -high
-        low, high = widen(low, high)
+        low, high = widen(low, high) if self.bits <= FEW_BITS else best_ends(low, high, rows, self.levels)
         self.set_range(scale=(high - low) / (self.levels - 1), offset=low)
 
     def clip_range(self, x: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,6 +111,8 @@ class LSQPlusWeight(LSQ):
     """LSQ with LSQ+'s initial step, `max(|mean - 3 std|, |mean + 3 std|) / 2 ** (bits - 1)`."""
 
     def init_range(self, x: torch.Tensor) -> None:
+        if self.bits > FEW_BITS:
+            return super().init_range(x)
         rows = self.rows(x)
         mean, std = rows.mean(1), standard_deviation(rows)
         reach = torch.maximum((mean - 3 * std).abs(), (mean + 3 * std).abs())
