@@ -3,6 +3,7 @@ import functools
 import pickle
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -13,6 +14,8 @@ from sqakd_hf.layers import (
     QuantizedConv1d,
     QuantizedConv2d,
     QuantizedConv3d,
+    QuantizedConvTranspose2d,
+    QuantizedEmbedding,
     QuantizedLinear,
     quantized_class,
     register_quantized_layer,
@@ -72,6 +75,26 @@ def linear_case(bias=True, shape=(5, 4)):
     return layer, torch.randn(*shape), lambda x, weight: F.linear(x, weight, layer.bias)
 
 
+def transposed_case(**options):
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(4, 8, 3, **options)
+    return layer, torch.randn(2, 4, 7, 6), lambda x, weight: F.conv_transpose2d(x, weight, layer.bias, **options)
+
+
+def timm_linear_case():
+    torch.manual_seed(0)
+    layer = timm.layers.Linear(4, 3)
+    return layer, torch.randn(5, 4), lambda x, weight: F.linear(x, weight, layer.bias)
+
+
+def conv_same_case(size, pads, **options):
+    """`pads` as F.pad takes them: what TensorFlow's SAME puts around an image of this size, the odd one at the end."""
+    torch.manual_seed(0)
+    layer = timm.layers.Conv2dSame(4, 8, 3, **options)
+    conv = {"stride": 1, **options}
+    return layer, torch.randn(2, 4, *size), lambda x, weight: F.conv2d(F.pad(x, pads), weight, layer.bias, **conv)
+
+
 CASES = {
     f"conv{dims}d {name}": functools.partial(conv_case, dims, options)
     for dims in CONVS
@@ -81,9 +104,27 @@ CASES = {
     "linear no bias": functools.partial(linear_case, bias=False),
     "linear on tokens": functools.partial(linear_case, shape=(2, 5, 4)),
     "linear on a vector": functools.partial(linear_case, shape=(4,)),
+    "transposed": transposed_case,
+    "transposed, stride": functools.partial(transposed_case, stride=2, padding=1, output_padding=1),
+    "transposed, groups": functools.partial(transposed_case, groups=2, dilation=2),
+    "timm linear": timm_linear_case,
+    "timm same, even": functools.partial(conv_same_case, (8, 6), (0, 1, 0, 1), stride=2),
+    "timm same, odd": functools.partial(conv_same_case, (7, 8), (0, 1, 1, 1), stride=2, groups=2),
+    "timm same, dilated": functools.partial(conv_same_case, (7, 8), (2, 2, 2, 2), dilation=2, groups=4),
 }
 # One of each class where the options do not matter.
-ONE_EACH = {name: CASES[name] for name in ("linear", "conv1d reflect", "conv2d groups", "conv3d stride")}
+ONE_EACH = {
+    name: CASES[name]
+    for name in (
+        "linear",
+        "conv1d reflect",
+        "conv2d groups",
+        "conv3d stride",
+        "transposed",
+        "timm linear",
+        "timm same, odd",
+    )
+}
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 one_each = pytest.mark.parametrize("case", ONE_EACH.values(), ids=ONE_EACH)
 
@@ -136,7 +177,9 @@ class TestFromFloat:
         assert twin.weight is layer.weight and twin.bias is layer.bias
         assert list(twin.state_dict()) == keys == list(layer.state_dict())
         assert twin.weight_quantizer.step == 0.25 and twin.input_quantizer.step == 0.5
-        assert twin.channel_axis == 0 and twin.weight.shape[0] == (8 if layer.weight.dim() > 2 else 3)
+        axis = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+        channels = 3 if isinstance(layer, nn.Linear) else 8 // (layer.groups if axis else 1)
+        assert twin.channel_axis == axis and twin.weight.shape[axis] == channels
 
     def test_leaves_the_float_layer_usable(self, case):
         layer, x, by_hand = case()
@@ -144,28 +187,30 @@ class TestFromFloat:
         twin_of(layer)
         assert not list(layer.children()) and torch.equal(layer(x), before)
 
-    def test_and_back_gives_the_plain_layer(self, case):
-        layer, x, _ = case()
-        plain = twin_of(layer).to_float()
-        assert type(plain) is type(layer) and plain.weight is layer.weight and plain.bias is layer.bias
+    def test_and_back_gives_a_plain_layer_that_holds_the_quantized_weight(self, case):
+        layer, x, by_hand = case()
+        plain = twin_of(layer).dequantized()
+        assert type(plain) is type(layer) and plain.bias is layer.bias
+        assert torch.equal(plain.weight, torch.round(layer.weight / 0.25) * 0.25)
         assert not list(plain.children()) and set(vars(plain)) == set(vars(layer))
-        assert torch.equal(plain(x), layer(x)) and repr(plain) == repr(layer)
+        assert torch.equal(plain(x), by_hand(x, plain.weight)) and repr(plain) == repr(layer)
 
 
 class TestTwin:
     @one_each
-    def test_to_float_works_where_activations_stay_in_float(self, case):
+    def test_dequantized_computes_the_same_where_activations_stay_in_float(self, case):
         layer, x, _ = case()
-        plain = twin_of(layer, input_step=None).to_float()
+        twin = twin_of(layer, input_step=None)
+        plain = twin.dequantized()
         assert type(plain) is type(layer) and set(vars(plain)) == set(vars(layer))
-        assert torch.equal(plain(x), layer(x))
+        assert torch.equal(plain(x), twin(x))
 
     @one_each
-    def test_to_float_leaves_the_quantized_layer_as_it_was(self, case):
+    def test_dequantized_leaves_the_quantized_layer_as_it_was(self, case):
         layer, x, _ = case()
         twin = twin_of(layer)
         before = twin(x)
-        twin.to_float()
+        twin.dequantized()
         assert torch.equal(twin(x), before) and twin.input_quantizer.step == 0.5
 
     @one_each
@@ -207,7 +252,7 @@ class TestTwin:
         assert calls == ["old", "new"]
         layer(x)
         assert calls == ["old", "new", "old"]
-        twin.to_float()(x)
+        twin.dequantized()(x)
         assert calls == ["old", "new", "old", "old", "new"]
 
     @one_each
@@ -218,14 +263,14 @@ class TestTwin:
         twin = twin_of(layer)
         assert [module.training for module in twin.modules()] == [training] * 3
         assert not twin.weight.requires_grad and twin.bias.requires_grad
-        assert twin.to_float().training is training
+        assert twin.dequantized().training is training
 
     @one_each
     def test_attributes_are_kept(self, case):
         layer, _, _ = case()
         layer._is_hf_initialized, layer.note = True, "kept"
         twin = twin_of(layer)
-        assert twin._is_hf_initialized and twin.note == twin.to_float().note == "kept"
+        assert twin._is_hf_initialized and twin.note == twin.dequantized().note == "kept"
 
     @one_each
     @pytest.mark.parametrize(
@@ -243,7 +288,7 @@ class TestTwin:
             twin.weight.zero_()
             twin.input_quantizer.upper.zero_()
         assert model[0].weight.abs().sum() > 0 and model[0].input_quantizer.upper.item() > 0
-        assert type(twin.to_float()) is type(layer)
+        assert type(twin.dequantized()) is type(layer)
 
     @one_each
     def test_can_be_called_by_keyword_as_the_float_layer_can(self, case):
@@ -254,9 +299,9 @@ class TestTwin:
     @one_each
     def test_shows_the_float_layer_and_its_quantizers(self, case):
         layer, _, _ = case()
+        name = "QuantizedTimmLinear" if type(layer) is timm.layers.Linear else f"Quantized{type(layer).__name__}"
         assert repr(twin_of(layer)) == (
-            f"Quantized{type(layer).__name__}(\n  {layer.extra_repr()}\n"
-            "  (weight_quantizer): RoundTo()\n  (input_quantizer): RoundTo()\n)"
+            f"{name}(\n  {layer.extra_repr()}\n  (weight_quantizer): RoundTo()\n  (input_quantizer): RoundTo()\n)"
         )
 
 
@@ -273,8 +318,9 @@ class TestRegistry:
             (nn.Conv1d(2, 2, 1), QuantizedConv1d),
             (nn.Conv2d(2, 2, 1), QuantizedConv2d),
             (nn.Conv3d(2, 2, 1), QuantizedConv3d),
-            (nn.ConvTranspose2d(2, 2, 1), None),
-            (nn.Embedding(2, 2), None),
+            (nn.ConvTranspose2d(2, 2, 1), QuantizedConvTranspose2d),
+            (nn.ConvTranspose1d(2, 2, 1), None),
+            (nn.Embedding(2, 2), QuantizedEmbedding),
             (nn.ReLU(), None),
         ],
         ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
@@ -288,8 +334,14 @@ class TestRegistry:
                 return 2 * super().forward(x)
 
         assert quantized_class(Doubled(2, 2)) is None
-        # A multi-head attention's output layer reads its weight without calling forward.
-        assert quantized_class(nn.MultiheadAttention(2, 1).out_proj) is None
+
+    def test_a_subclass_that_computes_the_same_is_taken(self):
+        class Named(nn.Conv2d):
+            def __init__(self, channels):
+                super().__init__(channels, channels, 1)
+
+        assert quantized_class(Named(2)) is QuantizedConv2d
+        assert quantized_class(nn.MultiheadAttention(2, 1).out_proj) is QuantizedLinear
 
     def test_a_users_own_layer_is_converted(self):
         class Scaled(nn.Linear):
@@ -311,7 +363,8 @@ class TestRegistry:
         assert type(twin) is QuantizedScaled and twin.gain is layer.gain
         expected = F.linear(torch.round(x / 0.5) * 0.5, torch.round(layer.weight / 0.25) * 0.25, layer.bias) * 3.0
         assert torch.equal(twin(x), expected)
-        assert type(twin.to_float()) is Scaled and torch.equal(twin.to_float()(x), layer(x))
+        plain = twin.dequantized()
+        assert type(plain) is Scaled and torch.equal(plain(x), F.linear(x, plain.weight, layer.bias) * 3.0)
         model = nn.Sequential(Scaled(4, 4), nn.Linear(4, 2))
         plan = quantize_model(model, QuantizationConfig())
         assert [layer.layer_type for layer in plan.quantized] == ["Scaled", "Linear"]
@@ -359,3 +412,24 @@ class TestRegistry:
             register_quantized_layer(nn.Linear)(cls)
         assert str(info.value) == "Mine must inherit from QuantizedLayer and Linear, in that order."
         assert quantized_class(nn.Linear(1, 1)) is QuantizedLinear
+
+
+class TestEmbedding:
+    def test_looks_up_quantized_rows_and_leaves_its_input_alone(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(9, 4, padding_idx=2), nn.Linear(4, 4), nn.Linear(4, 4))
+        plan = quantize_model(model, QuantizationConfig(weight_bits=3, activation_bits=3, first_last_bits=None))
+        assert [(layer.weight_bits, layer.activation_bits) for layer in plan if layer.layer_type == "Embedding"] == [
+            (None, None)  # the first layer
+        ]
+        model = nn.Sequential(nn.Linear(1, 1), nn.Embedding(9, 4, padding_idx=2), nn.Linear(4, 4))
+        plan = quantize_model(model, QuantizationConfig(weight_bits=3, activation_bits=3))
+        assert (plan.layers[1].weight_bits, plan.layers[1].activation_bits) == (3, None)
+        table = model[1]
+        table.weight_quantizer.init_range(table.weight)
+        ids = torch.tensor([[0, 8], [2, 2]])
+        out = table(ids)
+        assert torch.equal(out, table.weight_quantizer(table.weight)[ids]) and table.weight_quantizer.num_channels == 9
+        out.sum().backward()
+        touched = table.weight.grad.abs().sum(1) > 0
+        assert not touched[[1, 3, 4, 5, 6, 7]].any() and not touched[2]  # as nn.Embedding: no gradient to padding
