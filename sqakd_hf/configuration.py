@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 # 1: float latents alone. 2: `stored` says what each layer is and how its weights are stored.
 FORMAT_VERSION = 2
 LAYER_FIELDS = ("quantizer", "weight_bits", "activation_bits", "per_channel", "integer_zero_point", "quantizer_kwargs")
+OVERRIDABLE = (*LAYER_FIELDS, "attention_bits")
 
 
 @dataclass
@@ -40,8 +41,11 @@ class QuantizationConfig(QuantizationConfigMixin):
             layer. Activations have one range per layer.
         first_last_bits (`int`, *optional*, defaults to 8): Bits of the first and the last layer, weights and
             activations; `None` leaves both in full precision, as the paper does.
+        attention_bits (`int`, *optional*): Bits of the operands of attention's products: queries, keys, values and
+            the softmax's output. `None`, the default, leaves them in float. Needs `"sdpa"` or `"eager"` attention.
         overrides (`dict[str, dict]`, *optional*): Pattern → any of `quantizer`, `weight_bits`, `activation_bits`,
-            `per_channel`, `integer_zero_point`, `quantizer_kwargs` for the layers that match. Also overrules
+            `per_channel`, `integer_zero_point`, `quantizer_kwargs` for the layers that match, and `attention_bits`
+            for attention modules. Also overrules
             `first_last_bits`; where several patterns match, later ones overrule earlier ones.
         modules_to_not_convert (`list[str]`, *optional*): Patterns of modules that stay in full precision.
         quantizer_kwargs (`dict`, *optional*): Options of the quantizer, such as `{"delta": 0.0}`.
@@ -64,6 +68,7 @@ class QuantizationConfig(QuantizationConfigMixin):
     activation_bits: int | None = 2
     per_channel: bool = True
     first_last_bits: int | None = 8
+    attention_bits: int | None = None
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     modules_to_not_convert: list[str] = field(default_factory=list)
     quantizer_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -80,6 +85,8 @@ class QuantizationConfig(QuantizationConfigMixin):
             raise InputError(f"quant_method must be 'sqakd', got {self.quant_method!r}.")
         if self.first_last_bits is not None:
             check_bits(self.first_last_bits, "first_last_bits (None leaves both layers in full precision)")
+        if self.attention_bits is not None:
+            check_bits(self.attention_bits, "attention_bits (None leaves attention's products in float)")
         if isinstance(self.modules_to_not_convert, str) or not isinstance(self.modules_to_not_convert, Iterable):
             raise InputError(f"modules_to_not_convert must be a list of names, got {self.modules_to_not_convert!r}.")
         self.modules_to_not_convert = list(self.modules_to_not_convert)
@@ -104,11 +111,13 @@ class QuantizationConfig(QuantizationConfigMixin):
             if not isinstance(options, dict):
                 raise InputError(f"overrides[{pattern!r}] must be a dict of layer options, got {options!r}.")
             for key in options:
-                if key not in LAYER_FIELDS:
+                if key not in OVERRIDABLE:
                     raise InputError(
-                        f"overrides[{pattern!r}] has the unknown option {key!r}; accepted: {', '.join(LAYER_FIELDS)}."
-                        + suggest(key, LAYER_FIELDS)
+                        f"overrides[{pattern!r}] has the unknown option {key!r}; accepted: {', '.join(OVERRIDABLE)}."
+                        + suggest(key, OVERRIDABLE)
                     )
+            if options.get("attention_bits") is not None:
+                check_bits(options["attention_bits"], f"overrides[{pattern!r}]: attention_bits")
             self.check_layer_options({**self.layer_options(), **options}, f"overrides[{pattern!r}]: ")
 
     @staticmethod

@@ -1,7 +1,6 @@
 """From a float model to a calibrated student, in place: `quantize_model`, then `calibrate_model`."""
 
 import contextlib
-import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -12,16 +11,20 @@ from tqdm.auto import tqdm
 
 from .configuration import QuantizationConfig
 from .errors import InputError
+from .interception import AttentionQuantizers, InterceptedModule, intercept, release
 from .layers import QuantizedLayer, quantized_class
-from .plan import FIRST_OR_LAST, NOT_CONVERTED, LayerPlan, QuantizationPlan, plan_quantization
-from .quantizers import FakeQuantizer, create_quantizer
+from .outputs import run_model
+from .plan import ASKED_FOR, LayerPlan, QuantizationPlan, plan_quantization
+from .quantizers import FEW_BITS, FakeQuantizer, create_quantizer
 
 
 logger = logging.getLogger(__name__)
 
 
-def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -> QuantizationPlan:
-    """Replace the convolutions and linear layers of `model` by fake-quantized ones, in place.
+def quantize_model(
+    model: nn.Module, config: QuantizationConfig | None = None, images: torch.Tensor | None = None
+) -> QuantizationPlan:
+    """Replace the convolutions, linear layers and embeddings of `model` by fake-quantized ones, in place.
 
     Parameters are shared, state-dict keys such as `layer1.0.conv1.weight` stay, and a float state dict still loads.
     The student has no ranges until [`calibrate_model`] sets them. On any error the model is left as it was.
@@ -29,6 +32,7 @@ def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -
     Args:
         model (`nn.Module`): Any eager model, from timm, transformers or your own.
         config (`QuantizationConfig`, *optional*): Defaults to `QuantizationConfig()`.
+        images (`torch.Tensor`, *optional*): Example images `(B, C, H, W)`, see [`plan_quantization`].
 
     Returns:
         `QuantizationPlan`: What was done to each layer; `print` it. Also kept as `model.quantization_plan`.
@@ -45,11 +49,11 @@ def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -
     config = QuantizationConfig() if config is None else config
     if not isinstance(config, QuantizationConfig):
         raise InputError(f"config must be a QuantizationConfig, got {type(config).__name__}.")
-    plan = plan_quantization(model, config)
+    plan = plan_quantization(model, config, images)
     apply_plan(model, plan)
     config.record(model)
-    asked_for = (NOT_CONVERTED, FIRST_OR_LAST)
-    left = [f"{layer.name} ({layer.skipped})" for layer in plan.skipped if layer.skipped not in asked_for]
+    lines = (*plan.layers, *plan.attention)
+    left = [f"{line.name} ({line.skipped})" for line in lines if line.skipped not in (None, *ASKED_FOR)]
     if left:
         logger.warning("Left in float: %s.", ", ".join(left))
     logger.info("Quantized %s.", plan.summary())
@@ -61,23 +65,43 @@ def apply_plan(model: nn.Module, plan: QuantizationPlan) -> None:
     modules = dict(model.named_modules())
     # Build every layer before the first is put in place: an error leaves the model as it was.
     twins = {modules[layer.name]: _quantize_layer(modules[layer.name], layer) for layer in plan.quantized}
+    attention = {
+        line.name: AttentionQuantizers(*(_activation_quantizer(line) for _ in range(4))).to(device_of(model))
+        for line in plan.attention
+        if line.skipped is None
+    }
     for parent in [*model.modules(), *twins.values()]:
         # Not named_children(), which names a shared child once.
         for name, child in parent._modules.items():
             if child in twins:
                 parent._modules[name] = twins[child]
+    for name, module_quantizers in attention.items():
+        intercept(model.get_submodule(name), attention_quantizers=module_quantizers)
+    for layer in plan.quantized:
+        if layer.bypassed:
+            parent, _, child = layer.name.rpartition(".")
+            intercept(model.get_submodule(parent), bypassed=[child])
     model.quantization_plan = plan
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter of `model`."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def _activation_quantizer(plan: LayerPlan) -> FakeQuantizer:
+    bits = plan.activation_bits
+    return create_quantizer(plan.quantizer, bits=bits, role="activation", signed=None, **_options(plan))
 
 
 def _quantize_layer(layer: nn.Module, plan: LayerPlan) -> QuantizedLayer:
     cls = quantized_class(layer)
-    device = layer.weight.device
-    weight_quantizer = create_weight_quantizer(plan, cls, layer.weight.shape).to(device)
+    weight = getattr(layer, cls.weight_name)
+    device = weight.device
+    weight_quantizer = create_weight_quantizer(plan, cls, weight.shape).to(device)
     input_quantizer = None
     if plan.activation_bits is not None:
-        input_quantizer = create_quantizer(
-            plan.quantizer, bits=plan.activation_bits, role="activation", signed=None, **_options(plan)
-        ).to(device)
+        input_quantizer = _activation_quantizer(plan).to(device)
     return cls.from_float(layer, weight_quantizer, input_quantizer)
 
 
@@ -128,13 +152,10 @@ def record_signedness(model: nn.Module) -> None:
 
 def dequantize_model(model: nn.Module) -> None:
     """Put the plain float layers back, in place: their weights are the quantized values, activations stay in float."""
-    twins = {}
-    for layer in quantized_layers(model).values():
-        with torch.no_grad():
-            values = layer.quantized_weight().detach()
-        plain = layer.to_float()
-        plain.weight = nn.Parameter(values, requires_grad=layer.weight.requires_grad)
-        twins[layer] = plain
+    for module in list(model.modules()):
+        if isinstance(module, InterceptedModule):
+            release(module)
+    twins = {layer: layer.dequantized() for layer in quantized_layers(model).values()}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in twins:
@@ -161,10 +182,11 @@ def calibrate_model(
     passed the quantized layers before it, and averaged over the batches; an input that is never negative gets
     unsigned codes.
 
-    BatchNorm: while ranges are set, it normalises by the batch, as it will in training. Its running statistics stay
-    those of the float network, which is what "calibrated only" usually means; training updates them.
-    `reestimate_batch_norm=True` replaces them, in a second pass, by the average over the batches: often a stronger
-    student without any training.
+    BatchNorm: with codes of up to 4 bits anywhere, it normalises by the batch while ranges are set, as it will in
+    training; quantization changes activations too much for the float network's statistics. With more bits those hold
+    and are used. Running statistics stay those of the float network, which is what "calibrated only" usually means;
+    training updates them. `reestimate_batch_norm=True` replaces them, in a second pass, by the average over the
+    batches: often a stronger student without any training.
 
     All else (dropout, stochastic depth) is in eval mode. The model's own train/eval mode is restored.
 
@@ -186,29 +208,45 @@ def calibrate_model(
         raise InputError(f"batches must be an iterable of image batches, got one tensor {tuple(batches.shape)}.")
     batches = list(batches) if isinstance(batches, Iterator) else batches
     batch_norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    by_batch = batch_norms if any(quantizer.bits <= FEW_BITS for quantizer in quantizers(model)) else []
     was_training = {module: module.training for module in model.modules()}
     bar = tqdm(desc="Calibrating", unit="batch", disable=disable_progress, leave=False)
     try:
         model.eval()
         for name, layer in layers.items():
-            _require_finite(layer.weight, f"the weight of layer {name!r}")
             layer.restore_latent()
-            layer.weight_quantizer.init_range(layer.weight)
-        calibrators = {name: _RangeAverage(name, layer) for name, layer in layers.items()}
+            weight = layer.float_weight()
+            _require_finite(weight, f"the weight of layer {name!r}")
+            layer.weight_quantizer.init_range(weight)
+        calibrators = [
+            _RangeAverage(_what(model, name), module)
+            for name, module in model.named_modules()
+            if isinstance(module, FakeQuantizer) and module.role == "activation"
+        ]
+        reached: set[nn.Module] = set()
         with contextlib.ExitStack() as stack:
-            for calibrator in calibrators.values():
+            for calibrator in calibrators:
                 stack.enter_context(calibrator)
-            stack.enter_context(_batch_statistics(batch_norms, keep_running=True))
-            _feed(model, batches, bar)
-        missed = [name for name, calibrator in calibrators.items() if not calibrator.calls]
+            for layer in layers.values():
+                # Not the layer itself: its parent may compute with its weight, see interception.py.
+                handle = layer.weight_quantizer.register_forward_pre_hook(lambda module, _: reached.add(module))
+                stack.callback(handle.remove)
+            for name, layer in layers.items():
+                if layer.input_quantizer is None and layer.takes_activations:
+                    handle = layer.register_forward_pre_hook(_FiniteInput(name), with_kwargs=True)
+                    stack.callback(handle.remove)
+            stack.enter_context(_batch_statistics(by_batch, keep_running=True))
+            _feed(model, batches, bar, needs_two=bool(by_batch or (reestimate_batch_norm and batch_norms)))
+        missed = [name for name, layer in layers.items() if layer.weight_quantizer not in reached]
+        missed += [calibrator.what for calibrator in calibrators if not calibrator.averaged and not missed]
         if missed:
             raise InputError(
-                f"Calibration never reached {', '.join(missed)}: the model computes without calling these layers, or "
-                "only uses them in training. List them in modules_to_not_convert."
+                f"Calibration never reached {', '.join(missed[:8])}{', ...' * (len(missed) > 8)}: the model computes "
+                "without calling these layers, or only uses them in training. List them in modules_to_not_convert."
             )
         if reestimate_batch_norm:
             with _batch_statistics(batch_norms, keep_running=False):
-                _feed(model, batches, bar)
+                _feed(model, batches, bar, needs_two=bool(batch_norms))
     except BaseException:
         for module in quantizers(model):
             module.reset()
@@ -218,40 +256,43 @@ def calibrate_model(
         for module, training in was_training.items():
             module.training = training
     record_signedness(model)
-    constant = [name for name, calibrator in calibrators.items() if calibrator.constant]
+    constant = [calibrator.what for calibrator in calibrators if calibrator.constant]
     if constant:
         logger.warning(
-            "The input of %s was constant during calibration: dead units, or data unlike the training data.",
+            "Constant during calibration, from dead units or data unlike the training data: %s.",
             ", ".join(constant),
         )
 
 
-class _RangeAverage:
-    """Set the ranges of one layer's input while the model runs: the mean of `init_range` over the batches."""
+def _what(model: nn.Module, quantizer: str) -> str:
+    """Name what the quantizer of that name quantizes."""
+    owner, _, kind = quantizer.rpartition(".")
+    if kind == "input_quantizer":
+        return f"the input of layer {owner!r}"
+    return f"the {kind.removesuffix('_quantizer')} of attention {owner.rpartition('.')[0]!r}"
 
-    def __init__(self, name: str, layer: QuantizedLayer):
-        self.name, self.layer = name, layer
-        self.calls = 0
+
+class _RangeAverage:
+    """Set the range of one activation quantizer while the model runs: the mean of `init_range` over the calls."""
+
+    def __init__(self, what: str, quantizer: FakeQuantizer):
+        self.what, self.quantizer = what, quantizer
         self.constant = True
         self.averaged = 0
 
     def __enter__(self) -> "_RangeAverage":
-        self.handle = self.layer.register_forward_pre_hook(self.observe, with_kwargs=True)
-        if self.layer.input_quantizer is not None and self.layer.input_quantizer.signed_is_open:
-            self.layer.input_quantizer.signed = False
+        self.handle = self.quantizer.register_forward_pre_hook(self.observe)
+        if self.quantizer.signed_is_open:
+            self.quantizer.signed = False
         return self
 
     def __exit__(self, *_: object) -> None:
         self.handle.remove()
 
-    def observe(self, _: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
-        self.calls += 1
-        _require_finite(x, f"the input of layer {self.name!r}")
+    def observe(self, quantizer: FakeQuantizer, args: tuple[torch.Tensor]) -> None:
+        (x,) = args
+        _require_finite(x, self.what)
         self.constant &= bool(x.amin() == x.amax())
-        quantizer = self.layer.input_quantizer
-        if quantizer is None:
-            return
         if quantizer.signed_is_open and not quantizer.signed and bool(x.amin() < 0):
             quantizer.signed = True
             self.averaged = 0
@@ -261,6 +302,16 @@ class _RangeAverage:
             if self.averaged:
                 tensor.copy_(before[name].lerp(tensor, 1 / (self.averaged + 1)))
         self.averaged += 1
+
+
+class _FiniteInput:
+    """Stop calibration at a layer whose float input is not finite."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, layer: QuantizedLayer, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
+        _require_finite(args[0] if args else next(iter(kwargs.values())), f"the input of layer {self.name!r}")
 
 
 def _require_finite(x: torch.Tensor, what: str) -> None:
@@ -295,7 +346,7 @@ def _batch_statistics(batch_norms: list[nn.Module], keep_running: bool) -> Itera
                     buffer.copy_(buffers[name])
 
 
-def _feed(model: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, Any]], bar: tqdm) -> None:
+def _feed(model: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, Any]], bar: tqdm, needs_two: bool) -> None:
     empty = True
     device = next(model.parameters()).device
     for batch in batches:
@@ -306,34 +357,12 @@ def _feed(model: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, Any]],
                 f"Calibration got a batch of type {type(batch).__name__}{keys}. "
                 "Pass image tensors (B, C, H, W), or dicts that hold them as pixel_values."
             )
-        if len(pixel_values) < 2 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        if len(pixel_values) < 2 and needs_two:
             raise InputError(
                 "Calibration got a batch of one image, but BatchNorm needs two or more. Use larger batches."
             )
-        forward_logits(model, pixel_values.to(device))
+        run_model(model, {"pixel_values": pixel_values.to(device)})
         bar.update()
         empty = False
     if empty:
         raise InputError("Calibration got no batch. Pass an iterable of image batches, (B, C, H, W) each.")
-
-
-def forward_logits(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Run `model`, timm's or transformers' kind, on images `(B, C, H, W)` and return its logits `(B, K)`."""
-    outputs = model(pixel_values=pixel_values) if _takes_keyword(model) else model(pixel_values)
-    if isinstance(outputs, torch.Tensor):
-        return outputs
-    if isinstance(outputs, Mapping):
-        return outputs["logits"]
-    return outputs[0]
-
-
-def _takes_keyword(model: nn.Module) -> bool:
-    parameters = inspect.signature(type(model).forward).parameters
-    # Wrappers (DDP, a compiled model) pass on whatever they get: look at what they wrap.
-    passes_on = any(
-        parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in parameters.values()
-    )
-    inner = getattr(model, "_orig_mod", getattr(model, "module", None))
-    if "pixel_values" not in parameters and passes_on and isinstance(inner, nn.Module):
-        return _takes_keyword(inner)
-    return "pixel_values" in parameters

@@ -5,6 +5,7 @@ Training checkpoints keep the float latents instead, see [`SQAKDHfQuantizer.savi
 """
 
 import contextlib
+import copy
 import functools
 import logging
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
@@ -29,7 +31,7 @@ from .convert import (
 )
 from .errors import InputError, quote
 from .hub import hub_id
-from .layers import QuantizedLayer
+from .layers import QuantizedLayer, weight_of
 from .manifest import FORMATS, Manifest, packed_shape
 from .packing import pack_bits, unpack_bits
 from .plan import LayerPlan
@@ -67,6 +69,13 @@ class SQAKDHfQuantizer(HfQuantizer):
 
     # --- loading ---
 
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        stored = self.quantization_config.stored or {}
+        layers = stored.get("layers")
+        if isinstance(layers, dict) and any(name.startswith("timm_model.") for name in layers):
+            # Before the model is built: it may be one of the paper's networks.
+            from . import models  # noqa: F401
+
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         _refuse_offload(kwargs.get("device_map"))
         stored = self.quantization_config.stored if self.pre_quantized else None
@@ -97,12 +106,12 @@ class SQAKDHfQuantizer(HfQuantizer):
             # A backbone with a new head may lack tensors, and transformers reports them; the model that was saved not.
             raise InputError(f"{where}: nothing is stored for {quote(sorted(missing)[:5])} of {type(model).__name__}.")
         for name, layer in quantized_layers(model).items():
-            shape = layer.weight.shape
+            shape = layer.stored_weight.shape
             if shape != manifest.stored_shape(name, prefix):
                 # Classes of another number: transformers decides whether to refuse or to start this layer anew.
                 self._new.append(name)
             elif manifest.format == "packed":
-                self._packed[name] = shape, layer.weight.dtype
+                self._packed[name] = shape, layer.stored_weight.dtype
                 _hold_place_of_weight(layer)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
@@ -118,15 +127,26 @@ class SQAKDHfQuantizer(HfQuantizer):
             for name, layer in layers.items()
             if name not in self._new and not all(quantizer.calibrated for quantizer in layer_quantizers(layer))
         ]
+        missing += [
+            line.name
+            for line in model.quantization_plan.attention
+            if line.skipped is None and not is_calibrated(model.get_submodule(line.name).attention_quantizers)
+        ]
         if self.pre_quantized and missing:
             raise InputError(
                 f"The checkpoint {model.config._name_or_path!r} says it is quantized but lacks the ranges of "
                 f"{quote(missing[:3])}. It was saved before calibration, or is damaged: calibrate the student and "
                 "save it again."
             )
-        _leave_the_file(model, {layers[name].weight for name in self._packed})
+        for layer in layers.values():
+            for name in layer.packed_state():
+                buffer = getattr(layer, name)
+                if not getattr(buffer, "_is_hf_initialized", False):
+                    buffer.zero_()
+            layer.refresh()
+        _leave_the_file(model, {layers[name].stored_weight for name in self._packed})
         for name, (shape, dtype) in self._packed.items():
-            if not getattr(layers[name].weight, "_is_hf_initialized", False):
+            if not getattr(layers[name].stored_weight, "_is_hf_initialized", False):
                 raise InputError(f"{model.config._name_or_path}: the files lack the packed weight of {name!r}.")
             _unpack(layers[name], shape, dtype)
         for name, parameter in model.named_parameters():
@@ -182,7 +202,7 @@ class SQAKDHfQuantizer(HfQuantizer):
         state_dict = {name: tensor for name, tensor in state_dict.items() if name not in dropped}
         record_signedness(model)
         plans = {layer.name: layer for layer in model.quantization_plan}
-        shapes = {layer.name: model.get_submodule(layer.name).weight.shape for layer in model.quantization_plan}
+        shapes = {layer.name: weight_of(model.get_submodule(layer.name)).shape for layer in model.quantization_plan}
         if self._format == "packed":
             for name, layer in layers.items():
                 codes = (
@@ -190,7 +210,8 @@ class SQAKDHfQuantizer(HfQuantizer):
                 )
                 packed = pack_bits(codes, layer.weight_quantizer.bits)
                 # Flat under the weight's own name: without sqakd_hf, transformers stops at the shape.
-                state_dict[f"{name}.weight"] = packed.flatten()
+                state_dict[f"{name}.{layer.weight_name}"] = packed.flatten()
+                state_dict.update({f"{name}.{key}": value for key, value in layer.packed_state().items()})
         manifest = Manifest.describe(self._format, model.quantization_plan, shapes, state_dict, self.base_model)
         self.quantization_config = replace(
             self.quantization_config, stored=manifest.to_dict(), format_version=FORMAT_VERSION
@@ -257,10 +278,10 @@ def _refuse_offload(device_map: Any) -> None:
 
 def _hold_place_of_weight(layer: QuantizedLayer) -> None:
     """Put a buffer for the packed codes where the weight will be: models read `layer.weight.dtype` while they load."""
-    rows, row_bytes = packed_shape(layer.weight.shape, layer.channel_axis, layer.weight_quantizer.bits)
-    placeholder = torch.empty(rows * row_bytes, dtype=torch.uint8, device=layer.weight.device)
-    del layer._parameters["weight"]
-    layer.register_buffer("weight", placeholder)
+    rows, row_bytes = packed_shape(layer.stored_weight.shape, layer.channel_axis, layer.weight_quantizer.bits)
+    placeholder = torch.empty(rows * row_bytes, dtype=torch.uint8, device=layer.stored_weight.device)
+    del layer._parameters[layer.weight_name]
+    layer.register_buffer(layer.weight_name, placeholder)
     # Codes can't be initialised: keep transformers from trying.
     layer._is_hf_initialized = True
 
@@ -268,14 +289,23 @@ def _hold_place_of_weight(layer: QuantizedLayer) -> None:
 def _unpack(layer: QuantizedLayer, shape: torch.Size, dtype: torch.dtype) -> None:
     bits = layer.weight_quantizer.bits
     rows, row_bytes = packed_shape(shape, layer.channel_axis, bits)
-    codes = unpack_bits(layer.weight.view(rows, row_bytes), bits, shape.numel() // rows)
+    codes = unpack_bits(layer.stored_weight.view(rows, row_bytes), bits, shape.numel() // rows)
     layer.set_weight_codes(codes, shape, dtype)
 
 
 def _gathered_codes(plan: LayerPlan, layer: QuantizedLayer, state_dict: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the weight's codes where `state_dict` has all of the layer's tensors and `layer` only a share."""
-    weight = state_dict[f"{plan.name}.weight"]
-    quantizer = create_weight_quantizer(plan, type(layer), weight.shape)
-    prefix = f"{plan.name}.weight_quantizer."
-    quantizer.load_state_dict({k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)})
-    return quantizer.quantize(weight).movedim(layer.channel_axis, 0).flatten(1)
+    prefix = f"{plan.name}."
+    whole = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    twin = copy.copy(layer)
+    twin._modules = dict(layer._modules)
+    twin._parameters = {
+        name: nn.Parameter(whole[name], requires_grad=False) for name in layer._parameters if name in whole
+    }
+    twin.weight_is_on_grid = False
+    twin.weight_quantizer = create_weight_quantizer(plan, type(layer), whole[layer.weight_name].shape)
+    ranges = "weight_quantizer."
+    twin.weight_quantizer.load_state_dict(
+        {key.removeprefix(ranges): value for key, value in whole.items() if key.startswith(ranges)}
+    )
+    return twin.weight_codes()

@@ -4,7 +4,7 @@ import contextlib
 import json
 import zlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -12,14 +12,16 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .configuration import LAYER_FIELDS, QuantizationConfig
-from .errors import InputError, quote, reason
-from .layers import quantized_class
+from .errors import InputError, check_bits, quote, reason
+from .layers import WEIGHT_NAMES, quantized_class, weight_of
 from .packing import checksum, packed_row_bytes
 from .plan import LayerPlan, QuantizationPlan
 
 
 FORMATS = ("packed", "latent")
 _ENTRY_FIELDS = {f.name for f in fields(LayerPlan)} - {"name", "num_weights"} | {"weight_shape"}
+# What the first files of this format do not say yet.
+_LATER_FIELDS = {"macs": None, "bypassed": False}
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,14 @@ class Manifest:
         layers (`dict`): Layer name → its line of the plan, and `weight_shape`.
         tensors (`dict`): Name in the files → [`~sqakd_hf.packing.checksum`].
         base_model (`str`, *optional*): Hub id of the full-precision model.
+        attention (`dict`): Module that computes attention → its line of the plan.
     """
 
     format: str
     layers: dict[str, dict[str, Any]]
     tensors: dict[str, str]
     base_model: str | None = None
+    attention: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def describe(
@@ -49,12 +53,10 @@ class Manifest:
         base_model: str | None = None,
     ) -> "Manifest":
         """Describe a student about to be saved: its plan, its layers' weight shapes and the tensors as stored."""
-        layers = {}
-        for layer in plan:
-            entry = {key: value for key, value in asdict(layer).items() if key in _ENTRY_FIELDS}
-            layers[layer.name] = {**entry, "weight_shape": list(shapes[layer.name])}
+        layers = {layer.name: {**_entry(layer), "weight_shape": list(shapes[layer.name])} for layer in plan}
+        attention = {line.name: _entry(line) for line in plan.attention}
         tensors = {name: checksum(tensor) for name, tensor in state_dict.items()}
-        return cls(format, layers, tensors, base_model)
+        return cls(format, layers, tensors, base_model, attention)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready data, with a checksum of its own."""
@@ -68,25 +70,28 @@ class Manifest:
             `InputError`: Naming the file `where` and the field that is not as it was written.
         """
         where = f"{where}: quantization_config.stored"
-        expected = {"format", "layers", "tensors", "base_model", "checksum"}
-        if set(data) != expected:
+        expected = {"format", "layers", "attention", "tensors", "base_model", "checksum"}
+        if set(data) | {"attention"} != expected:
             raise InputError(f"{where} must have the fields {quote(sorted(expected))}, got {quote(sorted(data))}.")
         if data["format"] not in FORMATS:
             raise InputError(f"{where}.format must be {' or '.join(map(repr, FORMATS))}, got {data['format']!r}.")
-        for name in ("layers", "tensors"):
-            if not isinstance(data[name], dict):
+        body = {key: value for key, value in data.items() if key != "checksum"}
+        for name in ("layers", "attention", "tensors"):
+            if not isinstance(data.get(name, {}), dict):
                 raise InputError(f"{where}.{name} must be an object, got {data[name]!r}.")
         for name, entry in data["layers"].items():
-            _check_entry(entry, f"{where}.layers[{name!r}]")
+            _check_entry(entry, f"{where}.layers[{name!r}]", _ENTRY_FIELDS)
+        for name, entry in data.get("attention", {}).items():
+            _check_entry(entry, f"{where}.attention[{name!r}]", _ENTRY_FIELDS - {"weight_shape"})
         if not isinstance(data["base_model"], str | None):
             raise InputError(f"{where}.base_model must be a repository's id or null, got {data['base_model']!r}.")
-        manifest = cls(**{key: value for key, value in data.items() if key != "checksum"})
-        if _json_checksum(asdict(manifest)) != data["checksum"]:
+        if _json_checksum(body) != data["checksum"]:
             raise InputError(
                 f"{where} does not match its own checksum: the file is damaged or was edited by hand. "
                 "Download or save the student again."
             )
-        return manifest
+        layers = {name: {**_LATER_FIELDS, **entry} for name, entry in body["layers"].items()}
+        return cls(**{**body, "layers": layers})
 
     def plan_for(self, model: nn.Module, prefix: str, where: str) -> QuantizationPlan:
         """Return the plan for `model`, a freshly built float model that the weights are to be loaded into.
@@ -118,9 +123,16 @@ class Manifest:
                     "Register the layer type, or use the versions of timm and transformers that it was saved with."
                 )
             values = {key: value for key, value in entry.items() if key != "weight_shape"}
-            layers.append(LayerPlan(name=name, num_weights=module.weight.numel(), **values))
+            layers.append(LayerPlan(name=name, num_weights=weight_of(module).numel(), **values))
+        lines = []
+        for stored_name, entry in self.attention.items():
+            name = self._name_in(modules, stored_name, prefix)
+            if name is not None:
+                lines.append(LayerPlan(name=name, num_weights=0, **entry))
         order = {name: i for i, name in enumerate(modules)}
-        return QuantizationPlan(tuple(sorted(layers, key=lambda layer: order[layer.name])))
+        return QuantizationPlan(
+            *(tuple(sorted(found, key=lambda line: order[line.name])) for found in (layers, lines))
+        )
 
     def stored_shape(self, name: str, prefix: str) -> torch.Size:
         """Return the weight shape stored for the layer that a model calls `name`."""
@@ -148,7 +160,8 @@ class Manifest:
             raise InputError(f"{', '.join(files)}: lacks {quote(missing[:5])}, {len(missing)} of the saved tensors.")
 
     def _verify_tensor(self, tensor: torch.Tensor, name: str, path: str) -> None:
-        entry = self.layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        layer, _, parameter = name.rpartition(".")
+        entry = self.layers.get(layer) if parameter in WEIGHT_NAMES else None
         if self.format == "packed" and entry is not None and entry["skipped"] is None:
             if tensor.dtype != torch.uint8 or tensor.dim() != 1:
                 raise InputError(
@@ -175,14 +188,23 @@ def packed_shape(shape: torch.Size, channel_axis: int, bits: int) -> tuple[int, 
     return rows, packed_row_bytes(shape.numel() // rows, bits)
 
 
-def _check_entry(entry: Any, where: str) -> None:
-    if not isinstance(entry, dict) or set(entry) != _ENTRY_FIELDS:
-        raise InputError(f"{where} must have the fields {quote(sorted(_ENTRY_FIELDS))}, got {entry!r}.")
-    shape = entry["weight_shape"]
-    if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
-        raise InputError(f"{where}.weight_shape must be a list of positive integers, got {shape!r}.")
+def _entry(line: LayerPlan) -> dict[str, Any]:
+    return {key: value for key, value in asdict(line).items() if key in _ENTRY_FIELDS}
+
+
+def _check_entry(entry: Any, where: str, names: set[str]) -> None:
+    if not isinstance(entry, dict) or set(entry) | set(_LATER_FIELDS) != names:
+        raise InputError(f"{where} must have the fields {quote(sorted(names))}, got {entry!r}.")
+    if "weight_shape" in names:
+        shape = entry["weight_shape"]
+        if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
+            raise InputError(f"{where}.weight_shape must be a list of positive integers, got {shape!r}.")
     if entry["skipped"] is None:
-        QuantizationConfig.check_layer_options({key: entry[key] for key in LAYER_FIELDS}, f"{where}.")
+        options = {key: entry[key] for key in LAYER_FIELDS}
+        if "weight_shape" not in names:
+            check_bits(options["activation_bits"], f"{where}.activation_bits")
+            options["weight_bits"] = options["activation_bits"]  # there is no weight
+        QuantizationConfig.check_layer_options(options, f"{where}.")
 
 
 def _json_checksum(data: dict[str, Any]) -> str:

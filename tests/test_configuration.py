@@ -158,8 +158,9 @@ class TestOverrides:
     def test_an_unknown_option_is_named_with_close_ones(self, key, close):
         message = error_of(overrides={"fc": {key: 4}})
         accepted = "quantizer, weight_bits, activation_bits, per_channel, integer_zero_point, quantizer_kwargs"
+        accepted += ", attention_bits"
         assert message.startswith(f"overrides['fc'] has the unknown option {key!r}; accepted: {accepted}.")
-        assert f"Did you mean {close}" in message if close else message.endswith("quantizer_kwargs.")
+        assert f"Did you mean {close}" in message if close else message.endswith("attention_bits.")
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -422,3 +423,9 @@ class TestMatches:
         assert str(info.value) == (
             "overrides: the pattern 'zzzzz' matches no layer; the first layers are: a.conv, b.conv, c.conv."
         )
+
+
+@pytest.mark.parametrize("bits", [0, 9, True, 2.0, "8"])
+def test_attention_bits_are_checked_where_they_are_set(bits):
+    assert error_of(attention_bits=bits).startswith("attention_bits (None leaves attention's products in float) ")
+    assert error_of(overrides={"fc": {"attention_bits": bits}}).startswith("overrides['fc']: attention_bits ")

@@ -39,8 +39,11 @@ MODELS = {
     "timm-resnet": timm("test_resnet"),
     "timm-mobilenetv3": timm("mobilenetv3_small_050"),
     "timm-efficientnet": timm("test_efficientnet"),
+    "timm-tf-mobilenetv3": timm("tf_mobilenetv3_small_minimal_100"),  # TensorFlow's padding
     "timm-convnext": timm("test_convnext"),
     "timm-vit": timm("test_vit", img_size=32, patch_size=8),
+    "timm-nfnet": timm("test_nfnet"),  # standardised weights with gains
+    "timm-beit": timm("beit_base_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=16, num_heads=2),
     "timm-swin": timm(
         "swin_tiny_patch4_window7_224", img_size=32, window_size=2, embed_dim=8, depths=(1, 1), num_heads=(1, 2)
     ),
@@ -52,6 +55,7 @@ MODELS = {
     "convnext": native("ConvNext", hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1]),
     "mobilenetv2": native("MobileNetV2", depth_multiplier=0.25, image_size=32),
     "dinov2": native("Dinov2", **SMALL_VIT),
+    "bit": native("Bit", depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16], embedding_size=8, num_groups=4),
     "segformer": native(
         "Segformer",
         AutoModelForSemanticSegmentation,
@@ -59,6 +63,15 @@ MODELS = {
         depths=[1, 1, 1, 1],
         num_attention_heads=[1, 1, 2, 2],
         decoder_hidden_size=16,
+    ),
+    "dpt": native(  # transposed convolutions
+        "DPT",
+        AutoModelForSemanticSegmentation,
+        **{**SMALL_VIT, "num_hidden_layers": 4},
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8, 8, 16, 16],
+        fusion_hidden_size=16,
+        use_auxiliary_head=False,
     ),
 }
 RELOAD = """
@@ -128,8 +141,17 @@ def test_every_model_family(tmp_path, name):
         packed = {key: file.get_slice(key) for key in file.keys() if key.removesuffix(".weight") in shapes}
         assert len(packed) == len(shapes)
         assert all(len(each.get_shape()) == 1 and each.get_dtype() == "U8" for each in packed.values())
-    auto_class = "AutoModelForSemanticSegmentation" if name == "segformer" else "AutoModelForImageClassification"
+    dense = name in ("segformer", "dpt")
+    auto_class = "AutoModelForSemanticSegmentation" if dense else "AutoModelForImageClassification"
     assert_reloads_alike({tmp_path / name: logits}, auto_class)
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "timm-beit", "vit", "swin"])
+def test_quantized_attention(tmp_path, name):
+    logits, _ = saved_student(tmp_path / name, MODELS[name], weight_bits=3, activation_bits=4, attention_bits=3)
+    assert_reloads_alike({tmp_path / name: logits})
+    with safe_open(tmp_path / name / "one" / "model.safetensors", framework="pt") as file:
+        assert sum("probability_quantizer.scale" in key for key in file.keys()) >= 1
 
 
 @pytest.mark.parametrize("per_channel", [True, False], ids=["per-channel", "per-tensor"])

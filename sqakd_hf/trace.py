@@ -1,0 +1,279 @@
+"""One forward pass, watched: which layers run, in which order, on whose behalf, and how much they compute."""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .errors import first_line
+from .interception import PRODUCTS, SOFTMAX, WEIGHTED, input_and_weight
+from .layers import QuantizedLayer, quantized_class, weight_of
+
+
+logger = logging.getLogger(__name__)
+
+_IMAGE = ""  # what tensors that no layer has touched come from; layers have names
+
+
+@dataclass
+class Trace:
+    """What a forward pass of one image showed.
+
+    Attributes:
+        macs (`dict[str, int]`): Layer → multiply-accumulates; the keys are the layers that ran, in order.
+        first, last (`set[str]`): Layers that the image reaches before any other; layers that the output leaves from.
+        bypassed (`dict[str, str]`): Layer whose weight another module applies itself → that module.
+        misused (`dict[str, str]`): Layer whose weight is used in a way that nothing can stand in for → that use.
+        attention (`dict[str, str | None]`): Module that computes attention → `None`, or why its products can't be
+            told apart.
+        attention_macs (`dict[str, int]`): Module → multiply-accumulates of its products of activations.
+    """
+
+    macs: dict[str, int] = field(default_factory=dict)
+    first: set[str] = field(default_factory=set)
+    last: set[str] = field(default_factory=set)
+    bypassed: dict[str, str] = field(default_factory=dict)
+    misused: dict[str, str] = field(default_factory=dict)
+    attention: dict[str, str | None] = field(default_factory=dict)
+    attention_macs: dict[str, int] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def trace_model(model: nn.Module, layers: Mapping[str, nn.Module], images: torch.Tensor | None = None) -> Trace | None:
+    """Run `model` on one image in eval mode and return what its `layers` did; `None` if it does not run.
+
+    Args:
+        model (`nn.Module`): A float model; it is left as it was.
+        layers (`dict`): Name → module, the layers to watch.
+        images (`torch.Tensor`, *optional*): `(B, C, H, W)`; by default noise of the size that the model states, or
+            else of common sizes in turn.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    was_training = {module: module.training for module in model.modules()}
+    reason = None
+    model.eval()
+    try:
+        for example in [images] if images is not None else _examples(model, device):
+            watcher = _Watcher(model, layers)
+            try:
+                with torch.random.fork_rng(devices=[]), watcher.watching():
+                    example = example.to(device)
+                    _set_sources(example, frozenset([_IMAGE]))
+                    output = model(example)
+                return watcher.finish(output, len(example))
+            except Exception as error:  # whatever a model raises on images it is not made for
+                reason = f"{tuple(example.shape)}: {type(error).__name__}: {first_line(error)}"
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+    if images is not None:
+        logger.warning("The model does not run on the example images, %s", reason)
+    logger.info(
+        "%s does not run on noise (%s): the order of its layers is that of their registration, and layers that never "
+        "run are not known before calibration. Pass example images to tell.",
+        type(model).__name__,
+        reason,
+    )
+    return None
+
+
+def _examples(model: nn.Module, device: torch.device) -> Iterator[torch.Tensor]:
+    """Yield batches of one noise image: of the size the model states, or of common sizes."""
+    first = next((weight_of(m) for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels, sizes = 3 if first is None else first.shape[1], [(224, 224), (32, 32), (28, 28), (384, 384)]
+    for module in model.modules():
+        timm_config, config = getattr(module, "pretrained_cfg", None), getattr(module, "config", None)
+        if isinstance(timm_config, Mapping) and timm_config.get("input_size"):
+            channels, *size = timm_config["input_size"]
+            sizes.insert(0, tuple(size))
+            break
+        if isinstance(stated := getattr(config, "image_size", None), int | list | tuple):
+            sizes.insert(0, (stated, stated) if isinstance(stated, int) else tuple(stated))
+            channels = getattr(config, "num_channels", channels)
+            break
+    for module in model.modules():
+        # timm's patch embedding knows the size that the model was built for, its metadata that of its weights.
+        size = getattr(module, "img_size", None)
+        if isinstance(size, tuple) and len(size) == 2:
+            sizes.insert(0, size)
+            break
+    for size in dict.fromkeys(sizes):
+        if device.type == "meta":
+            yield torch.empty(1, channels, *size, device=device)
+        else:
+            yield torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
+
+
+class _Watcher(TorchFunctionMode):
+    """Sees every torch function and every module of one forward.
+
+    Each tensor is marked with the layers it comes from most recently: through operations marks are united, a layer
+    replaces them by its own name.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]):
+        super().__init__()
+        self.model, self.layers = model, layers
+        self.trace = Trace()
+        self.active: list[str] = []  # names of the modules whose forward is running
+        self.owner = {id(weight_of(module)): name for name, module in layers.items()}
+        self.products: dict[str, list[str]] = {}
+        self.reached: dict[str, set[str]] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, module in self.model.named_modules():
+                for handle in (
+                    module.register_forward_pre_hook(self._enter(name), with_kwargs=True),
+                    module.register_forward_hook(self._leave(name), with_kwargs=True),
+                ):
+                    stack.callback(handle.remove)
+            stack.enter_context(self)
+            yield
+
+    def _enter(self, name: str):
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self.active.append(name)
+            if name in self.layers:
+                self._reach(name, [args, kwargs])
+
+        return hook
+
+    def _leave(self, name: str):
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            self.active.pop()
+            if name in self.layers:
+                self._ran(name, [*args, *kwargs.values()], output)
+
+        return hook
+
+    def _reach(self, name: str, inputs: Any) -> None:
+        self.reached.setdefault(name, set()).update(*map(_sources, _tensors(inputs)))
+
+    def _ran(self, name: str, inputs: list[Any], output: Any) -> None:
+        cls = quantized_class(self.layers[name])
+        outputs = _tensors(output)
+        if outputs:
+            count = (cls or QuantizedLayer).count_macs
+            macs = count(weight_of(self.layers[name]), _tensors(inputs), outputs[0])
+            self.trace.macs[name] = self.trace.macs.get(name, 0) + macs
+        for tensor in outputs:
+            _set_sources(tensor, frozenset([name]))
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        outputs = _tensors(output)
+        if not outputs and not _tensors(args):
+            return output
+        inputs = _tensors([args, kwargs])
+        sources = frozenset().union(*map(_sources, inputs))
+        name = getattr(func, "__name__", str(func))
+        for tensor in inputs:
+            layer = self.owner.get(id(tensor))
+            if layer is not None and layer not in self.active and outputs:
+                sources = self._foreign_use(layer, func, args, kwargs, outputs, sources)
+        self._watch_products(func, name, args, inputs, outputs)
+        changed = [*outputs, args[0]] if name == "__setitem__" and isinstance(args[0], torch.Tensor) else outputs
+        for tensor in changed:
+            if not isinstance(tensor, nn.Parameter):
+                _set_sources(tensor, sources)
+        return output
+
+    def _foreign_use(
+        self, layer: str, func, args: tuple, kwargs: dict, outputs: list, sources: frozenset
+    ) -> frozenset:
+        """Note that the weight of `layer` is used outside of its own forward; return what the outputs come from."""
+        user = self.active[-1] if self.active else ""
+        if layer.rpartition(".")[0] == user and user in self.layers:
+            # A layer within a layer, such as the output projection of nn.MultiheadAttention, is called by it.
+            self._reach(layer, [])
+            self._ran(layer, [], outputs[0])
+        elif func in WEIGHTED and input_and_weight(args, kwargs)[1] is weight_of(self.layers[layer]):
+            x, _ = input_and_weight(args, kwargs)
+            self._reach(layer, x)
+            self._ran(layer, [x], outputs[0])
+            if self.trace.bypassed.setdefault(layer, user) != user:
+                self.trace.misused[layer] = f"several modules use its weight: {self.trace.bypassed[layer]}, {user}"
+            return frozenset([layer])
+        elif layer not in self.trace.misused:
+            self.trace.misused[layer] = (
+                f"{user or type(self.model).__name__} uses its weight in {getattr(func, '__name__', func)}"
+            )
+        return sources
+
+    def _watch_products(self, func, name: str, args: tuple, inputs: list, outputs: list) -> None:
+        user = self.active[-1] if self.active else ""
+        if func in SOFTMAX and outputs:
+            outputs[0]._sqakd_probability = True
+        elif func is F.scaled_dot_product_attention or func is F.multi_head_attention_forward:
+            self.products.setdefault(user, []).append("attention")
+            if func is F.scaled_dot_product_attention:
+                query, key, value = inputs[:3]
+                macs = query.numel() * key.shape[-2] + query.numel() // query.shape[-1] * value.numel() // math.prod(
+                    value.shape[:-2]
+                )
+            else:  # (L, B, E), (S, B, E)
+                macs = 2 * inputs[0].numel() * inputs[1].shape[0]
+            self._add_macs(user, macs)
+        elif func in PRODUCTS and len(inputs) >= 2 and not any(isinstance(t, nn.Parameter) for t in inputs):
+            by_softmax = any(getattr(tensor, "_sqakd_probability", False) for tensor in inputs)
+            self.products.setdefault(user, []).append("values" if by_softmax else "scores")
+            shared = inputs[0].shape[-1] if func is not torch.einsum else _contracted(args[0], inputs)
+            self._add_macs(user, outputs[0].numel() * shared)
+        elif inputs and getattr(inputs[0], "_sqakd_probability", False):
+            for tensor in outputs:
+                tensor._sqakd_probability = True
+
+    def _add_macs(self, user: str, macs: int) -> None:
+        self.trace.attention_macs[user] = self.trace.attention_macs.get(user, 0) + macs
+
+    def finish(self, output: Any, images: int) -> Trace:
+        trace = self.trace
+        trace.first = {name for name, sources in self.reached.items() if sources == {_IMAGE}}
+        if isinstance(output, Mapping):
+            heads = {k: v for k, v in output.items() if "logits" in k or k.startswith("pred_")}
+            output = heads or output
+        trace.last = set().union(*map(_sources, _tensors(output))) - {_IMAGE}
+        for counts in (trace.macs, trace.attention_macs):
+            counts.update({name: count // images for name, count in counts.items()})
+        for name, products in self.products.items():
+            if "attention" in products or "values" in products:
+                whole = products in (["attention"], ["scores", "values"])
+                trace.attention[name] = None if whole else f"it computes the products {', '.join(products)}"
+        return trace
+
+
+def _contracted(equation: str, operands: list[torch.Tensor]) -> int:
+    if not isinstance(equation, str) or "->" not in equation:
+        return 1
+    terms, result = equation.replace(" ", "").split("->")
+    sizes = dict(zip("".join(terms.split(",")), [n for t in operands for n in t.shape], strict=False))
+    return math.prod(size for letter, size in sizes.items() if letter not in result)
+
+
+def _sources(tensor: torch.Tensor) -> frozenset[str]:
+    return getattr(tensor, "_sqakd_sources", frozenset())
+
+
+def _set_sources(tensor: torch.Tensor, sources: frozenset[str]) -> None:
+    tensor._sqakd_sources = sources
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """Return the tensors in nested tuples, lists and dicts, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return []
+    return [tensor for item in value for tensor in _tensors(item)]

@@ -1,0 +1,238 @@
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForImageClassification, ViTConfig
+
+from sqakd_hf import InputError, QuantizationConfig, calibrate_model, plan_quantization, quantize_model
+from sqakd_hf.convert import dequantize_model
+from sqakd_hf.interception import InterceptedModule
+
+
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+class Attention(nn.Module):
+    """One head; how its products are written is the test's choice."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.stem, self.qkv, self.head = nn.Conv2d(3, 8, 8, 8), nn.Linear(8, 24), nn.Linear(8, 4)
+        self.inner = Products(way)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.stem(x).flatten(2).transpose(1, 2)).chunk(3, -1)
+        return self.head(self.inner(q, k, v).mean(1))
+
+
+class Products(nn.Module):
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.drop = nn.Dropout(0.0)
+
+    def forward(self, q, k, v):
+        return self.way(self, q * 8**-0.5, k, v)
+
+
+WAYS = {
+    "operators": lambda self, q, k, v: self.drop((q @ k.mT).softmax(-1)) @ v,
+    "matmul": lambda self, q, k, v: torch.matmul(F.softmax(torch.matmul(q, k.mT), dim=-1), v),
+    "bmm": lambda self, q, k, v: torch.bmm(torch.softmax(torch.bmm(q, k.mT), -1).to(v.dtype), v),
+    "einsum": lambda self, q, k, v: torch.einsum("bij,bjd->bid", torch.einsum("bid,bjd->bij", q, k).softmax(-1), v),
+    "values first": lambda self, q, k, v: (v.mT @ (q @ k.mT).softmax(-1).mT).mT,
+    "fused": lambda self, q, k, v: F.scaled_dot_product_attention(q, k, v, scale=1.0),
+    "fused, mask": lambda self, q, k, v: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=torch.ones(16, 16, dtype=torch.bool).tril(), scale=1.0
+    ),
+    "fused, causal": lambda self, q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0),
+}
+
+
+def student_of(model, images=IMAGES, **config):
+    student = copy.deepcopy(model)
+    plan = quantize_model(student, QuantizationConfig(**{"weight_bits": 8, "activation_bits": 8, **config}))
+    calibrate_model(student, [images], disable_progress=True)
+    return student.eval(), plan
+
+
+class TestProducts:
+    @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+    def test_equal_the_formula_however_they_are_written(self, way):
+        torch.manual_seed(0)
+        student, plan = student_of(Attention(way), attention_bits=3)
+        assert [(line.name, line.skipped, line.activation_bits) for line in plan.attention] == [("inner", None, 3)]
+        q, k, v = torch.randn(3, 4, 16, 8).unbind()
+        quantizers = student.inner.attention_quantizers
+        with torch.no_grad():
+            output = student.inner(q, k, v)
+            scores = quantizers.query_quantizer(q * 8**-0.5) @ quantizers.key_quantizer(k).mT
+            if way in (WAYS["fused, mask"], WAYS["fused, causal"]):
+                scores = scores + torch.full((16, 16), float("-inf")).triu(1)
+            expected = quantizers.probability_quantizer(scores.softmax(-1)) @ quantizers.value_quantizer(v)
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+        # Probabilities have unsigned codes, the others signed ones, and three bits leave eight values.
+        signed = [each.signed for each in quantizers.children()]
+        assert signed == [True, True, True, False]
+        assert len(quantizers.key_quantizer(k).unique()) <= 8
+
+    @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+    def test_gradients_reach_all_four_ranges(self, way):
+        torch.manual_seed(0)
+        student, _ = student_of(Attention(way), attention_bits=3)
+        student.train()(IMAGES).square().sum().backward()
+        ranges = list(student.inner.attention_quantizers.parameters())
+        assert len(ranges) == 4 and all(r.grad is not None and r.grad.abs().sum() > 0 for r in ranges)
+
+    def test_are_float_where_not_asked_for_and_said_so(self):
+        student, plan = student_of(Attention(WAYS["fused"]))
+        assert not any(isinstance(module, InterceptedModule) for module in student.modules())
+        assert plan.attention[0].skipped == "attention_bits is None"
+        # Two products of 784 tokens at 224 px, by 8 channels.
+        assert plan.attention[0].macs == 2 * 784**2 * 8
+
+    def test_overrides_and_exclusions_reach_single_modules(self):
+        model = nn.ModuleDict({"a": Attention(WAYS["fused"]), "b": Attention(WAYS["bmm"])})
+        model.forward = lambda x: model["a"](x) + model["b"](x)
+        config = QuantizationConfig(attention_bits=4, overrides={"b.inner": {"attention_bits": 7}})
+        assert [line.activation_bits for line in plan_quantization(model, config).attention] == [4, 7]
+        config = QuantizationConfig(attention_bits=4, modules_to_not_convert=["a.inner"])
+        assert [line.activation_bits for line in plan_quantization(model, config).attention] == [None, 4]
+
+    def test_a_model_without_any_is_refused(self, conv_net):
+        with pytest.raises(InputError, match="attention_bits is set, but no attention was found in TinyConvNet"):
+            quantize_model(conv_net, QuantizationConfig(attention_bits=8))
+
+    def test_more_products_than_two_are_left_with_the_reason(self):
+        def twice(self, q, k, v):
+            return (q @ k.mT).softmax(-1) @ v + (q @ q.mT).softmax(-1) @ v
+
+        plan = plan_quantization(Attention(twice), QuantizationConfig(attention_bits=8))
+        assert plan.attention[0].skipped == "it computes the products scores, values, scores, values"
+
+
+def vit(implementation):
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+        num_labels=10,
+    )
+    config._attn_implementation = implementation
+    return AutoModelForImageClassification.from_config(config).eval()
+
+
+class TestModels:
+    def test_eager_and_fused_attention_agree(self):
+        logits = {}
+        for implementation in ("eager", "sdpa"):
+            model = vit(implementation)
+            for bits in (None, 8):
+                student, _ = student_of(model, attention_bits=bits)
+                with torch.no_grad():
+                    logits[implementation, bits] = student(IMAGES).logits
+            with torch.no_grad():
+                logits[implementation, "float"] = model(IMAGES).logits
+        for bits in ("float", None, 8):
+            torch.testing.assert_close(logits["eager", bits], logits["sdpa", bits], rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        "build",
+        [lambda: vit("sdpa"), lambda: vit("eager"), lambda: timm.create_model("test_vit", img_size=32, patch_size=8)],
+        ids=["sdpa", "eager", "timm"],
+    )
+    def test_at_8_bits_logits_stay_near_those_without(self, build):
+        torch.manual_seed(0)
+        model = build().eval()
+        logits = []
+        for bits in (None, 8):
+            student, _ = student_of(model, attention_bits=bits)
+            with torch.no_grad():
+                output = student(IMAGES)
+            logits.append(output if isinstance(output, torch.Tensor) else output.logits)
+        assert 0 < (logits[1] - logits[0]).norm() / logits[0].norm() < 0.05
+
+
+class Bypass(nn.Module):
+    """Applies the weight of its child itself, as timm's BEiT does."""
+
+    def __init__(self, keywords=False):
+        super().__init__()
+        self.qkv, self.keywords = nn.Linear(8, 8), keywords
+
+    def forward(self, x):
+        if self.keywords:
+            return F.linear(input=x, weight=self.qkv.weight, bias=self.qkv.bias)
+        return F.linear(x, self.qkv.weight, self.qkv.bias)
+
+
+def bypassing(inner):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Flatten(2), Transposed(), inner, nn.Linear(8, 4))
+
+
+class Transposed(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
+class TestBypassedLayers:
+    @pytest.mark.parametrize("keywords", [False, True])
+    def test_are_quantized_all_the_same(self, keywords):
+        model = bypassing(Bypass(keywords))
+        reference = copy.deepcopy(model)
+        reference[3] = nn.Sequential(reference[3].qkv)
+        expected, _ = student_of(reference, weight_bits=3, activation_bits=3)
+        student, plan = student_of(model, weight_bits=3, activation_bits=3)
+        layer = next(layer for layer in plan if layer.name == "3.qkv")
+        assert layer.bypassed and layer.skipped is None and layer.macs == 784 * 64
+        with torch.no_grad():
+            assert torch.equal(student(IMAGES), expected(IMAGES))
+        student.train()(IMAGES).sum().backward()
+        assert student[3].qkv.weight_quantizer.scale.grad is not None
+
+    @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    def test_copies_and_pickles_compute_the_same(self, duplicate):
+        student, _ = student_of(bypassing(Bypass()), weight_bits=3, activation_bits=3)
+        twin = duplicate(student)
+        assert isinstance(twin[3], Bypass) and isinstance(twin[3], InterceptedModule)
+        assert torch.equal(twin(IMAGES), student(IMAGES))
+
+    def test_dequantizing_gives_the_module_back(self):
+        student, _ = student_of(bypassing(Bypass()), weight_bits=3, activation_bits=None)
+        with torch.no_grad():
+            expected = student(IMAGES)
+        dequantize_model(student)
+        assert type(student[3]) is Bypass and type(student[3].qkv) is nn.Linear
+        with torch.no_grad():
+            torch.testing.assert_close(student(IMAGES), expected, rtol=1e-6, atol=1e-6)  # other kernels
+
+    def test_weights_used_in_another_way_stay_float_with_the_reason(self, caplog):
+        class Odd(Bypass):
+            def forward(self, x):
+                return x @ self.qkv.weight.t()
+
+        class Far(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = Bypass()
+
+            def forward(self, x):
+                return F.linear(x, self.inner.qkv.weight)
+
+        assert [layer.skipped for layer in plan_quantization(bypassing(Odd()), QuantizationConfig()).skipped] == [
+            "3 uses its weight in t"
+        ]
+        assert [layer.skipped for layer in plan_quantization(bypassing(Far()), QuantizationConfig()).skipped] == [
+            "3 applies its weight itself"
+        ]
+        quantize_model(bypassing(Odd()))
+        assert "Left in float: 3.qkv (3 uses its weight in t)." in caplog.text

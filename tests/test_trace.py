@@ -1,0 +1,88 @@
+import pytest
+import timm
+import torch
+from torch import nn
+
+from sqakd_hf.layers import weight_of
+from sqakd_hf.trace import trace_model
+
+
+def trace(model, images=None):
+    return trace_model(model, {n: m for n, m in model.named_modules() if weight_of(m) is not None}, images)
+
+
+# Families with several stems or heads: what their metadata says, found from the pass alone.
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("repvgg_a0", {}),
+        ("crossvit_tiny_240", {}),
+        ("fastvit_t8", {}),
+        ("deit_tiny_distilled_patch16_224", {}),
+        ("levit_128s", {}),
+        ("densenet121", {}),
+        ("test_efficientnet", {}),
+    ],
+)
+def test_first_and_last_layers_are_those_of_timms_metadata(name, options):
+    model = timm.create_model(name, **options)
+    stated = [model.pretrained_cfg[key] for key in ("first_conv", "classifier")]
+    first, last = ({value} if isinstance(value, str) else set(value) for value in stated)
+    found = trace(model)
+    # FastViT's metadata leaves out nothing, but names layers by the branch.
+    assert found.first == first and found.last == last
+
+
+def test_multiply_accumulates_are_those_of_the_literature():
+    # He et al., table 1 counts 1.8 G for ResNet-18; torchvision's 1.814 G includes the classifier.
+    assert sum(trace(timm.create_model("resnet18")).macs.values()) == 1_814_073_344
+    # DeiT, table 5 of the survey counts: ViT-Ti/16 1.08 G in layers, and 12 * 2 * 197² * 192 in attention.
+    vit = trace(timm.create_model("vit_tiny_patch16_224"))
+    assert sum(vit.attention_macs.values()) == 12 * 2 * 197**2 * 192
+    assert sum(vit.macs.values()) == 196 * 768 * 192 + 12 * 197 * 12 * 192**2 + 192 * 1000
+
+
+def test_the_model_is_left_as_it_was():
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet").train()
+    model.layer1.eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    assert trace(model) is not None
+    assert torch.equal(torch.get_rng_state(), state) and modes == [module.training for module in model.modules()]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_layers_that_do_not_run_are_missing():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    model.add_module("unused", nn.Identity())
+    model.unused.extra = nn.Linear(2, 2)
+    assert list(trace(model).macs) == ["0", "3"]
+
+
+def test_a_model_that_takes_no_images_gives_none_and_the_reason(caplog):
+    caplog.set_level("INFO")
+    assert trace(nn.Sequential(nn.Linear(7, 2))) is None
+    assert "does not run on noise" in caplog.text
+    assert trace(nn.Sequential(nn.Linear(7, 2)), torch.randn(3, 7)).macs == {"0": 14}
+
+
+def test_a_skip_connection_from_the_image_makes_no_first_layer():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(7, 2, 1)
+
+        def forward(self, x):
+            return self.b(torch.cat([self.a(x), x], 1)).mean((2, 3))
+
+    found = trace(Net())
+    assert found.first == {"a"} and found.last == {"b"}
+
+
+def test_works_without_memory():
+    with torch.device("meta"):
+        model = timm.create_model("resnet18")
+    assert sum(trace(model).macs.values()) == 1_814_073_344
