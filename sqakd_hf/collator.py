@@ -9,7 +9,10 @@ from .errors import InputError
 
 
 class ImageCollator:
-    """Stack `pixel_values` into `(B, C, H, W)`, and `labels` (or `label`) into `(B,)` where present; drop the rest.
+    """Stack `pixel_values` into `(B, C, H, W)`, and `labels` (or `label`), `valid_mask`, `pixel_mask` where present.
+
+    Labels are class numbers, `(B,)`, or maps of them, `(B, H, W)`; others (boxes) and all other columns are dropped.
+    `valid_mask` `(B, H, W)` is `False` where the loss is to leave pixels out; `pixel_mask` is passed to the model.
 
     Examples:
         >>> batch = ImageCollator()([{"pixel_values": torch.zeros(3, 8, 8), "path": "a.png"}])
@@ -26,7 +29,10 @@ class ImageCollator:
             )
         batch = {"pixel_values": torch.stack([torch.as_tensor(f["pixel_values"]) for f in features])}
         for key in ("labels", "label"):
-            if first.get(key) is not None:
-                batch["labels"] = torch.as_tensor([int(f[key]) for f in features])
+            if first.get(key) is not None and not isinstance(first[key], Mapping):
+                batch["labels"] = torch.stack([torch.as_tensor(f[key]).long() for f in features])
                 break
+        for key in ("valid_mask", "pixel_mask"):
+            if first.get(key) is not None:
+                batch[key] = torch.stack([torch.as_tensor(f[key]).bool() for f in features])
         return batch

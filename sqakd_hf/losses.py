@@ -1,5 +1,7 @@
 """The loss of SQAKD: the divergence of the student's class distribution from its teacher's. No label, no weight."""
 
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -11,17 +13,21 @@ def distillation_loss(
     teacher_logits: torch.Tensor,
     temperature: float = 4.0,
     reduction: str = "mean",
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return `T² · KL(softmax(teacher / T) ‖ softmax(student / T))`, computed in float32 or wider.
 
     The one loss of [SQAKD](https://arxiv.org/abs/2403.11106). No gradient flows to the teacher's logits.
 
     Args:
-        student_logits (`torch.Tensor`): `(B, K)`.
-        teacher_logits (`torch.Tensor`): `(B, K)`.
+        student_logits (`torch.Tensor`): `(B, K)`, or at many positions: `(B, K, H, W)` per pixel, `(B, Q, K)` per
+            query or token.
+        teacher_logits (`torch.Tensor`): The same shape.
         temperature (`float`, *optional*, defaults to 4.0): `T`, positive.
-        reduction (`str`, *optional*, defaults to `"mean"`): `"mean"` over the batch, or `"none"` for one value an
-            image, `(B,)`.
+        reduction (`str`, *optional*, defaults to `"mean"`): `"mean"` over all valid positions of the batch, or
+            `"none"` for one value an image, `(B,)`, the mean over its own.
+        mask (`torch.Tensor`, *optional*): Boolean, the shape of the logits without their class dimension: `False`
+            leaves a position out. Without any valid position the loss is 0.
 
     Raises:
         `InputError`: Shapes that differ, a temperature that is not positive, an unknown reduction.
@@ -36,17 +42,82 @@ def distillation_loss(
     check_temperature(temperature)
     if reduction not in ("mean", "none"):
         raise InputError(f"reduction must be 'mean' or 'none', got {reduction!r}.")
-    if student_logits.dim() != 2 or teacher_logits.dim() != 2 or student_logits.shape[0] != teacher_logits.shape[0]:
+    shapes = student_logits.shape, teacher_logits.shape
+    if student_logits.dim() < 2 or student_logits.dim() != teacher_logits.dim():
         raise InputError(
-            "Student and teacher logits must both be (batch, classes), got "
-            f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}."
+            "Student and teacher logits must both be (batch, classes), (batch, classes, height, width) or (batch, "
+            f"queries, classes), got {tuple(shapes[0])} and {tuple(shapes[1])}."
         )
-    check_same_classes(student_logits.shape[1], teacher_logits.shape[1])
+    dim = class_dim(student_logits)
+    check_same_classes(shapes[0][dim], shapes[1][dim])
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            f"Student and teacher logits must have the same shape, got {tuple(shapes[0])} and {tuple(shapes[1])}."
+        )
     wide = torch.promote_types(student_logits.dtype, torch.float32)
-    student = F.log_softmax(student_logits.to(wide) / temperature, dim=1)
-    teacher = F.log_softmax(teacher_logits.detach().to(wide) / temperature, dim=1)
-    divergence = temperature**2 * (teacher.exp() * (teacher - student)).sum(1)
-    return divergence.mean() if reduction == "mean" else divergence
+    student = F.log_softmax(student_logits.to(wide) / temperature, dim=dim)
+    teacher = F.log_softmax(teacher_logits.detach().to(wide) / temperature, dim=dim)
+    divergence = temperature**2 * (teacher.exp() * (teacher - student)).sum(dim)
+    return divergence.mean() if reduction == "mean" and mask is None else masked_mean(divergence, mask, reduction)
+
+
+def class_dim(logits: torch.Tensor) -> int:
+    """Return the dimension of the classes: the second, or the last of `(B, Q, K)`.
+
+    Examples:
+        >>> class_dim(torch.zeros(2, 10)), class_dim(torch.zeros(2, 10, 8, 8)), class_dim(torch.zeros(2, 100, 10))
+        (1, 1, 2)
+    """
+    return 2 if logits.dim() == 3 else 1
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor | None, reduction: str) -> torch.Tensor:
+    """Return the mean of `(B, ...)` over the positions where `mask` is true: `"mean"` of all, `"none"` per image."""
+    values = values.flatten(1) if values.dim() > 1 else values[:, None]
+    if mask is None:
+        return values.mean() if reduction == "mean" else values.mean(1)
+    mask = mask.to(values.dtype).reshape(values.shape)
+    axis = (0, 1) if reduction == "mean" else (1,)
+    return (values * mask).sum(axis) / mask.sum(axis).clamp(min=1)
+
+
+def box_loss(
+    student_boxes: torch.Tensor, teacher_boxes: torch.Tensor, teacher_logits: torch.Tensor, reduction: str = "mean"
+) -> torch.Tensor:
+    """Return the L1 distance of the student's boxes from the teacher's, for detectors that predict by query.
+
+    A query that sees no object has no box: queries count by the teacher's probability that there is one (its last
+    class is "no object", as in [DETR](https://huggingface.co/papers/2005.12872)).
+
+    Args:
+        student_boxes, teacher_boxes (`torch.Tensor`): `(B, Q, 4)`, in shares of the image's sides.
+        teacher_logits (`torch.Tensor`): `(B, Q, K + 1)`.
+        reduction (`str`, *optional*, defaults to `"mean"`): As in [`distillation_loss`].
+    """
+    is_object = 1 - teacher_logits.detach().float().softmax(-1)[..., -1]
+    distance = (student_boxes.float() - teacher_boxes.detach().float()).abs().sum(-1) * is_object
+    axis = (0, 1) if reduction == "mean" else (1,)
+    return distance.sum(axis) / is_object.sum(axis).clamp(min=1e-6)
+
+
+def mean_teacher_logits(logits: list[torch.Tensor], temperature: float) -> torch.Tensor:
+    """Return logits whose distribution at `temperature` is the mean of those of several teachers.
+
+    Examples:
+        >>> both = mean_teacher_logits([torch.tensor([[0.0, 0.0]]), torch.tensor([[9.0, 9.0]])], 4.0)
+        >>> both.softmax(1)
+        tensor([[0.5000, 0.5000]])
+    """
+    if len(logits) == 1:
+        return logits[0]
+    for other in logits[1:]:
+        if other.shape != logits[0].shape:
+            raise InputError(
+                f"The teachers must give logits of one shape, got {[tuple(each.shape) for each in logits]}."
+            )
+    dim = class_dim(logits[0])
+    each = torch.stack([F.log_softmax(one.float() / temperature, dim=dim) for one in logits])
+    return temperature * (each.logsumexp(0) - math.log(len(logits)))
 
 
 def check_temperature(temperature: float) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -17,11 +17,12 @@ from transformers.utils import PushInProgress
 from .card import model_card
 from .checkpoint import STATE_FILE, is_complete, last_checkpoint
 from .collator import ImageCollator
-from .convert import calibrate_model, forward_logits, is_calibrated, quantized_layers, quantizers
+from .convert import calibrate_model, is_calibrated, quantized_layers, quantizers
 from .errors import InputError
 from .hub import hub_id
-from .losses import check_same_classes, distillation_loss
+from .losses import box_loss, check_same_classes, distillation_loss, masked_mean, mean_teacher_logits
 from .modeling import load_teacher, num_classes, processor_of
+from .outputs import Prediction, predict
 from .push import upload_errors, weight_bytes
 from .training_args import SQAKDTrainingArguments
 
@@ -49,15 +50,19 @@ CARD_ARGUMENTS = (
 class SQAKDTrainer(Trainer):
     """Distil a quantized student from its full-precision teacher, on images without labels.
 
-    The loss is [`distillation_loss`] of the two models' logits on the same batch and nothing else. Labels in the
+    The loss is [`distillation_loss`] of the two models' logits on the same batch and nothing else, whether they are
+    one set an image, one a pixel (segmentation; pixels where the batch's `valid_mask` is `False` are left out) or one
+    a query. A detector's boxes, which are no distribution, add their [`~sqakd_hf.losses.box_loss`]. Labels in the
     batch never reach the training; `evaluate` uses them, where they exist, to add the accuracy.
 
     Args:
         model (`nn.Module`): The student, after [`quantize_model`]; a transformers model, or a timm (or any other)
             module that takes images `(B, C, H, W)` and returns logits `(B, K)`. If it has no ranges yet, `train`
             calibrates it first.
-        teacher_model (`nn.Module` or `str`): The full-precision model, or a name for [`load_teacher`]. It stays
-            outside the student: frozen, in eval mode, neither saved nor optimised.
+        teacher_model (`nn.Module`, `str` or a list of them): The full-precision model, or a name for
+            [`load_teacher`]; of any architecture with the same classes. The student learns the mean of the
+            distributions of several. Teachers stay outside the student: frozen, in eval mode, neither saved nor
+            optimised.
         args (`SQAKDTrainingArguments`, *optional*): Training arguments.
         train_dataset, eval_dataset: Datasets that yield `pixel_values` `(C, H, W)` and, optionally, `labels`.
         **kwargs: All else that [`~transformers.Trainer`] takes.
@@ -77,7 +82,7 @@ class SQAKDTrainer(Trainer):
     def __init__(
         self,
         model: nn.Module,
-        teacher_model: nn.Module | str,
+        teacher_model: nn.Module | str | Sequence[nn.Module | str],
         args: SQAKDTrainingArguments | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
@@ -92,14 +97,18 @@ class SQAKDTrainer(Trainer):
                 "The student has quantized layers that quantize_model did not put there, and could not be saved. "
                 "Use quantize_model, with overrides for single layers."
             )
-        teacher = load_teacher(teacher_model) if isinstance(teacher_model, str) else teacher_model
-        if teacher is model:
-            raise InputError("Student and teacher are one object. Use copy.deepcopy(model) before quantizing it.")
-        if quantized_layers(teacher):
-            raise InputError("The teacher is quantized. Pass the full-precision model.")
-        classes = num_classes(model), num_classes(teacher)
-        if None not in classes:
-            check_same_classes(*classes)
+        given = list(teacher_model) if isinstance(teacher_model, list | tuple) else [teacher_model]
+        if not given:
+            raise InputError("teacher_model is an empty list. Pass at least one full-precision model.")
+        teachers = [load_teacher(teacher) if isinstance(teacher, str) else teacher for teacher in given]
+        for teacher in teachers:
+            if teacher is model:
+                raise InputError("Student and teacher are one object. Use copy.deepcopy(model) before quantizing it.")
+            if quantized_layers(teacher):
+                raise InputError("The teacher is quantized. Pass the full-precision model.")
+            classes = num_classes(model), num_classes(teacher)
+            if None not in classes:
+                check_same_classes(*classes)
         args = SQAKDTrainingArguments() if args is None else args
         if not isinstance(args, SQAKDTrainingArguments):
             raise InputError(f"args must be SQAKDTrainingArguments, got {type(args).__name__}.")
@@ -107,7 +116,7 @@ class SQAKDTrainer(Trainer):
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         # transformers before `loss_is_scaled_for_ga` decides by this attribute alone.
         self.model_accepts_loss_kwargs = False
-        self.teacher_model = self._prepare_teacher(teacher)
+        self.teacher_models = [self._prepare_teacher(teacher) for teacher in teachers]
         self._agreement = _RunningMean()
         self._evaluated: dict[str, _RunningMean] = {}
         # What `evaluate` measured: teacher, student, and the student before its first step.
@@ -174,17 +183,33 @@ class SQAKDTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return `T² · KL(teacher ‖ student)`, the mean over the batch; with `return_outputs` also the logits."""
-        student = forward_logits(model, inputs["pixel_values"])
-        teacher = self.teacher_logits(inputs)
-        loss = distillation_loss(student, teacher, self.args.temperature)
+        student, teacher = self._predict(model, inputs), self.teacher_prediction(inputs)
+        mask = student.mask_of(inputs)
+        loss = self._loss(student, teacher, mask)
         if model.training:
-            self._agreement.add(_agreement(student, teacher).mean())
-        return (loss, {"logits": student, "teacher_logits": teacher}) if return_outputs else loss
+            self._agreement.add(_agreement(student, teacher, mask).mean())
+        return (loss, {"logits": student.logits, "teacher_logits": teacher.logits}) if return_outputs else loss
+
+    def _predict(self, model: nn.Module, inputs: dict[str, Any]) -> Prediction:
+        return predict(model, inputs, self.args.output_field)
+
+    def _loss(
+        self, student: Prediction, teacher: Prediction, mask: torch.Tensor | None, reduction: str = "mean"
+    ) -> torch.Tensor:
+        loss = distillation_loss(student.logits, teacher.logits, self.args.temperature, reduction, mask)
+        if student.boxes is not None and teacher.boxes is not None:
+            loss = loss + box_loss(student.boxes, teacher.boxes, teacher.logits, reduction)
+        return loss
 
     @torch.no_grad()
-    def teacher_logits(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """Return the teacher's logits `(B, K)` for a prepared batch."""
-        return forward_logits(self.teacher_model, inputs["pixel_values"])
+    def teacher_prediction(self, inputs: dict[str, Any]) -> Prediction:
+        """Return what the teachers say of a prepared batch: the mean of their distributions, and of their boxes."""
+        predictions = [self._predict(teacher, inputs) for teacher in self.teacher_models]
+        boxes = [prediction.boxes for prediction in predictions if prediction.boxes is not None]
+        return Prediction(
+            mean_teacher_logits([prediction.logits for prediction in predictions], self.args.temperature),
+            torch.stack(boxes).mean(0) if boxes else None,
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Group the parameters: decayed weights, other weights, and ranges with their own rate and no decay."""
@@ -253,19 +278,20 @@ class SQAKDTrainer(Trainer):
         """Return the batch's loss, student logits and labels (`None` without), and keep the sums of the metrics."""
         inputs = self._prepare_inputs(inputs)
         labels = inputs.get("labels")
-        student, teacher = forward_logits(model, inputs["pixel_values"]), self.teacher_logits(inputs)
-        loss = distillation_loss(student, teacher, self.args.temperature, reduction="none")
-        values = {"loss": loss, "agreement": _agreement(student, teacher)}
-        if labels is not None:
-            values["accuracy"] = (student.argmax(1) == labels).float()
-            values["teacher_accuracy"] = (teacher.argmax(1) == labels).float()
+        student, teacher = self._predict(model, inputs), self.teacher_prediction(inputs)
+        mask = student.mask_of(inputs)
+        loss = self._loss(student, teacher, mask, reduction="none")
+        values = {"loss": loss, "agreement": _agreement(student, teacher, mask)}
+        if labels is not None and (hits := student.hits(labels)) is not None:
+            values["accuracy"] = hits.float()
+            values["teacher_accuracy"] = teacher.hits(labels).float()
         for name, value in values.items():
             # Drops the images that fill up the last batch of a distributed loader.
             gathered = self.accelerator.gather_for_metrics(value)
             self._evaluated.setdefault(name, _RunningMean()).add(gathered.double().sum(), gathered.numel())
         if prediction_loss_only:
             return loss.mean(), None, None
-        return loss.mean(), student, labels
+        return loss.mean(), student.logits, labels
 
     # --- saving ---
 
@@ -349,7 +375,7 @@ class SQAKDTrainer(Trainer):
             card.save(os.path.join(self.args.output_dir, "README.md"))
 
     def _base_model(self) -> str | None:
-        teacher = getattr(self.accelerator.unwrap_model(self.teacher_model), "config", None)
+        teacher = getattr(self.accelerator.unwrap_model(self.teacher_models[0]), "config", None)
         return hub_id(getattr(teacher, "_name_or_path", None)) or self.model.hf_quantizer.base_model
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -394,8 +420,8 @@ def _listed(names: str | list[str] | None) -> list[str]:
     return [names] if isinstance(names, str) else list(names or ())
 
 
-def _agreement(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    return (student.argmax(1) == teacher.argmax(1)).float()
+def _agreement(student: Prediction, teacher: Prediction, mask: torch.Tensor | None) -> torch.Tensor:
+    return masked_mean((student.classes() == teacher.classes()).float(), mask, "none")
 
 
 class _RunningMean:

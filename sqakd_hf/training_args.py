@@ -21,6 +21,8 @@ class SQAKDTrainingArguments(TrainingArguments):
             of `learning_rate`, as in the paper. Ranges have no weight decay.
         calibration_images (`int`, *optional*, defaults to 512): Number of training images that set the ranges before
             training, the first of the training set.
+        output_field (`str`, *optional*): Which of a model's outputs are the class logits, where it has several heads:
+            a name such as `"class_queries_logits"`, or a number where it returns a tuple.
     """
 
     remove_unused_columns: bool = field(
@@ -38,6 +40,10 @@ class SQAKDTrainingArguments(TrainingArguments):
     )
     calibration_images: int = field(
         default=512, metadata={"help": "Number of training images that set the ranges before training."}
+    )
+
+    output_field: str | None = field(
+        default=None, metadata={"help": "Which output holds the class logits, for models with several heads."}
     )
 
     def __post_init__(self) -> None:

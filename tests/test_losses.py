@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sqakd_hf.errors import InputError
-from sqakd_hf.losses import check_same_classes, check_temperature, distillation_loss
+from sqakd_hf.losses import box_loss, check_same_classes, check_temperature, distillation_loss, mean_teacher_logits
 
 
 # L = T^2 / B sum_b sum_k p_t log(p_t / p_s), dL/dz_s = T (p_s - p_t) / B: computed in float64 numpy.
@@ -153,16 +153,86 @@ class TestErrors:
         assert str(error.value) == message
 
     @pytest.mark.parametrize(
-        ("student", "teacher"), [((2,), (2, 2)), ((2, 2), (2,)), ((2, 3), (4, 3)), ((2, 3, 1), (2, 3, 1))]
+        ("student", "teacher", "message"),
+        [
+            (
+                (2,),
+                (2, 2),
+                "must both be (batch, classes), (batch, classes, height, width) or (batch, queries, classes)",
+            ),
+            ((2, 2), (2,), "must both be (batch, classes)"),
+            ((2, 3), (2, 3, 1), "must both be (batch, classes)"),
+            ((2, 3), (4, 3), "must have the same shape"),
+            ((2, 3, 4, 4), (2, 3, 8, 8), "must have the same shape"),
+        ],
     )
-    def test_shapes_that_do_not_match_are_named(self, student, teacher):
+    def test_shapes_that_do_not_match_are_named(self, student, teacher, message):
         with pytest.raises(InputError) as error:
             distillation_loss(torch.zeros(student), torch.zeros(teacher))
-        assert (
-            str(error.value)
-            == f"Student and teacher logits must both be (batch, classes), got {student} and {teacher}."
-        )
+        assert message in str(error.value) and f"got {student} and {teacher}." in str(error.value)
 
     def test_an_unknown_reduction_is_refused(self):
         with pytest.raises(InputError, match=r"^reduction must be 'mean' or 'none', got 'sum'\.$"):
             distillation_loss(torch.zeros(1, 2), torch.zeros(1, 2), reduction="sum")
+
+
+class TestManyPositions:
+    """Every position is one distribution: the dense forms equal the plain one on positions laid out as a batch."""
+
+    def logits(self, *shape):
+        generator = torch.Generator().manual_seed(3)
+        return [torch.randn(*shape, generator=generator, dtype=torch.float64) for _ in range(2)]
+
+    def test_pixels(self):
+        student, teacher = self.logits(2, 5, 3, 4)
+        flat = [x.movedim(1, -1).reshape(-1, 5) for x in (student, teacher)]
+        each = distillation_loss(*flat, reduction="none").view(2, -1)
+        torch.testing.assert_close(distillation_loss(student, teacher), each.mean())
+        torch.testing.assert_close(distillation_loss(student, teacher, reduction="none"), each.mean(1))
+
+    def test_queries(self):
+        student, teacher = self.logits(2, 7, 5)
+        flat = [x.reshape(-1, 5) for x in (student, teacher)]
+        torch.testing.assert_close(distillation_loss(student, teacher), distillation_loss(*flat))
+
+    def test_a_mask_leaves_positions_out_of_mean_and_gradient(self):
+        student, teacher = self.logits(2, 5, 3, 4)
+        student.requires_grad_()
+        mask = torch.zeros(2, 3, 4, dtype=torch.bool)
+        mask[0, 1, 2] = mask[1, 0, 0] = mask[1, 2, 3] = True
+        rows = [x.movedim(1, -1)[mask] for x in (student, teacher)]
+        loss = distillation_loss(student, teacher, mask=mask)
+        torch.testing.assert_close(loss, distillation_loss(*rows))
+        loss.backward()
+        assert torch.equal(student.grad.abs().sum(1) > 0, mask)
+
+    def test_no_valid_position_gives_zero(self):
+        student, teacher = self.logits(2, 5, 3, 4)
+        mask = torch.zeros(2, 3, 4, dtype=torch.bool)
+        for reduction in ("mean", "none"):
+            assert (distillation_loss(student, teacher, reduction=reduction, mask=mask) == 0).all()
+
+
+class TestSeveralTeachers:
+    def test_the_distribution_is_the_mean_of_theirs(self):
+        generator = torch.Generator().manual_seed(3)
+        each = [4 * torch.randn(3, 5, generator=generator) for _ in range(3)]
+        mean = torch.stack([(x / 4).softmax(1) for x in each]).mean(0)
+        torch.testing.assert_close((mean_teacher_logits(each, 4.0) / 4).softmax(1), mean)
+
+    def test_one_teacher_passes_as_it_is(self):
+        logits = torch.randn(2, 3)
+        assert mean_teacher_logits([logits], 4.0) is logits
+
+    def test_another_shape_is_refused(self):
+        with pytest.raises(InputError, match="must give logits of one shape"):
+            mean_teacher_logits([torch.zeros(2, 3), torch.zeros(2, 4)], 4.0)
+
+
+class TestBoxLoss:
+    def test_boxes_of_queries_without_an_object_do_not_count(self):
+        logits = torch.tensor([[[9.0, -9.0], [-99.0, 99.0]]])  # the second query sees nothing
+        ours, theirs = torch.zeros(1, 2, 4), torch.tensor([[[0.1, 0.2, 0.3, 0.4], [1.0, 1.0, 1.0, 1.0]]])
+        for reduction in ("mean", "none"):
+            assert box_loss(ours, theirs, logits, reduction).item() == pytest.approx(1.0)
+        assert box_loss(theirs, theirs, logits) == 0

@@ -17,6 +17,7 @@ from sqakd_hf import (
     SQAKDTrainer,
     SQAKDTrainingArguments,
     build_model,
+    distillation_loss,
     is_calibrated,
     quantize_model,
 )
@@ -93,15 +94,15 @@ class TestTraining:
         trainer = make_trainer(tmp_path, config={"quantizer": "ewgs"}, quantizer_learning_rate=1e-2)
         trainer.calibrate()
         before = copy.deepcopy(trainer.model.state_dict())
-        teacher = copy.deepcopy(trainer.teacher_model.state_dict())
+        teacher = copy.deepcopy(trainer.teacher_models[0].state_dict())
 
         trainer.train()
 
         still = [n for n, p in trainer.model.named_parameters() if torch.equal(p, before[n])]
         assert not still
-        assert all(torch.equal(value, teacher[name]) for name, value in trainer.teacher_model.state_dict().items())
-        assert not trainer.teacher_model.training
-        assert not any(parameter.requires_grad for parameter in trainer.teacher_model.parameters())
+        assert all(torch.equal(value, teacher[name]) for name, value in trainer.teacher_models[0].state_dict().items())
+        assert not trainer.teacher_models[0].training
+        assert not any(parameter.requires_grad for parameter in trainer.teacher_models[0].parameters())
 
     def test_the_loss_falls(self, tmp_path):
         trainer = make_trainer(tmp_path, num_train_epochs=15)
@@ -196,7 +197,7 @@ class TestEvaluation:
         data = trainer.eval_dataset
         with torch.no_grad():
             student = trainer.model.eval()(data.pixels).double()
-            teacher = trainer.teacher_model(data.pixels).double()
+            teacher = trainer.teacher_models[0](data.pixels).double()
         p = (teacher / 4).softmax(1)
         divergence = 16 * (p * (p.log() - (student / 4).log_softmax(1))).sum(1)
         labels = torch.tensor(data.labels)
@@ -367,3 +368,108 @@ class TestBadInput:
         data = [{"image": 1, "label": 0}] * 8
         with pytest.raises(InputError, match=r"columns \['image', 'label'\] but not 'pixel_values'"):
             SQAKDTrainer(student, teacher, arguments(tmp_path), data).train()
+
+
+class Segmenter(nn.Module):
+    """Logits at half the image's resolution, `(B, 4, 8, 8)`."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 4, 1))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Detector(nn.Module):
+    """Five queries with a class and a box each."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(128, 40))
+        self.classes, self.boxes = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        queries = self.stem(x).unflatten(1, (5, 8))
+        return {"logits": self.classes(queries), "pred_boxes": self.boxes(queries).sigmoid()}
+
+
+class TestDenseHeads:
+    class Maps(torch.utils.data.Dataset):
+        def __init__(self):
+            generator = torch.Generator().manual_seed(1)
+            self.pixels = torch.randn(12, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+            self.labels = torch.randint(0, 4, (12, IMAGE_SIZE, IMAGE_SIZE), generator=generator)
+            self.valid = torch.rand(12, IMAGE_SIZE, IMAGE_SIZE, generator=generator) > 0.5
+
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, index):
+            return {"pixel_values": self.pixels[index], "labels": self.labels[index], "valid_mask": self.valid[index]}
+
+    def test_segmentation_trains_and_evaluates_per_pixel(self, tmp_path):
+        student, teacher = models(Segmenter)
+        trainer = SQAKDTrainer(student, teacher, arguments(tmp_path, num_train_epochs=20), self.Maps(), self.Maps())
+        trainer.calibrate()
+        before = trainer.evaluate()
+        assert set(before) >= {"eval_loss", "eval_agreement", "eval_accuracy"}
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] < 0.8 * before["eval_loss"]
+
+    def test_the_loss_leaves_out_what_the_mask_does(self, tmp_path):
+        student, teacher = models(Segmenter)
+        data = self.Maps()
+        trainer = SQAKDTrainer(student, teacher, arguments(tmp_path), data, data)
+        trainer.calibrate()
+        inputs = {"pixel_values": data.pixels, "valid_mask": data.valid}
+        loss = trainer.compute_loss(student.eval(), inputs)
+        with torch.no_grad():
+            p = (teacher(data.pixels) / 4).double().softmax(1)
+            q = (student(data.pixels) / 4).double().log_softmax(1)
+        divergence = 16 * (p * (p.log() - q)).sum(1)[data.valid[:, ::2, ::2]]
+        # The trainer's float32 log-probabilities of about 1.4 resolve 1e-7, times T² = 16.
+        assert loss.item() == pytest.approx(divergence.mean().item(), rel=1e-4, abs=16e-7)
+
+    def test_a_detector_learns_classes_and_boxes(self, tmp_path):
+        student, teacher = models(Detector)
+        trainer = SQAKDTrainer(student, teacher, arguments(tmp_path, num_train_epochs=20), Images(), Images())
+        trainer.calibrate()
+        batch = {"pixel_values": Images().pixels}
+        student.eval()
+        with torch.no_grad():
+            ours, theirs = student(batch["pixel_values"]), teacher(batch["pixel_values"])
+        is_object = 1 - theirs["logits"].softmax(-1)[..., 3]
+        boxes = ((ours["pred_boxes"] - theirs["pred_boxes"]).abs().sum(-1) * is_object).sum() / is_object.sum()
+        classes = distillation_loss(ours["logits"], theirs["logits"])
+        assert trainer.compute_loss(student, batch).item() == pytest.approx((boxes + classes).item(), rel=1e-5)
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] < before
+
+
+class TestTeachers:
+    def test_the_student_learns_the_mean_of_several_architectures(self, tmp_path):
+        student, teacher = models()
+        torch.manual_seed(5)
+        other = tiny_vit()
+        trainer = SQAKDTrainer(student, [teacher, other], arguments(tmp_path), Images(), Images())
+        trainer.calibrate()
+        pixels = Images().pixels
+        student.eval()
+        with torch.no_grad():
+            mean = ((teacher(pixels) / 4).softmax(1) + (other.eval()(pixels).logits / 4).softmax(1)).double() / 2
+            q = (student(pixels) / 4).double().log_softmax(1)
+        expected = 16 * (mean * (mean.log() - q)).sum(1).mean()
+        loss = trainer.compute_loss(student, {"pixel_values": pixels})
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=16e-7)
+        trainer.train()
+
+    def test_each_is_checked(self, tmp_path):
+        student, teacher = models()
+        with pytest.raises(InputError, match="teacher_model is an empty list"):
+            SQAKDTrainer(student, [], arguments(tmp_path))
+        other = TinyConvNet()
+        other.num_classes = 7
+        with pytest.raises(InputError, match="The student has 4 classes but the teacher has 7"):
+            SQAKDTrainer(student, [teacher, other], arguments(tmp_path))
