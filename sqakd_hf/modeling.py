@@ -2,6 +2,7 @@
 
 import logging
 import os
+import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,8 +91,7 @@ def build_model(
         raise InputError(f"num_labels must be a positive integer, got {num_labels!r}.")
     model_args = dict(model_args or {})
     if name.startswith(TIMM_PREFIX):
-        import timm
-
+        timm = _timm()
         resolve_name(name)
         architecture = name.removeprefix(TIMM_PREFIX)
         pretrained_cfg = timm.models.get_pretrained_cfg(architecture)
@@ -133,13 +133,10 @@ def resolve_name(name: str) -> str:
     """
     if os.path.isdir(name) or not name.startswith(TIMM_PREFIX):
         if not os.path.isdir(name) and "/" not in name:
-            import timm
-
-            if timm.is_model(name):
+            if _timm().is_model(name):
                 raise InputError(f"{name!r} is a timm model: write 'timm/{name}'.")
         return name
-    import timm
-
+    timm = _timm()
     architecture = name.removeprefix(TIMM_PREFIX)
     base = architecture.split(".")[0]
     if not timm.is_model(base):
@@ -156,6 +153,15 @@ def resolve_name(name: str) -> str:
     return name
 
 
+def _timm() -> types.ModuleType:
+    """Return timm, with the paper's networks in its registry."""
+    import timm
+
+    from . import models  # noqa: F401
+
+    return timm
+
+
 def _set_num_labels(config: PreTrainedConfig, num_labels: int) -> None:
     """Give `config` classes of no particular name, unless it has as many already."""
     if config.num_labels != num_labels:
@@ -163,8 +169,7 @@ def _set_num_labels(config: PreTrainedConfig, num_labels: int) -> None:
 
 
 def _unknown(name: str, reason: str) -> str:
-    import timm
-
+    timm = _timm()
     return f"Model {name!r} can't be found: {reason}" + suggest(
         name if name.startswith(TIMM_PREFIX) else TIMM_PREFIX + name, [TIMM_PREFIX + n for n in timm.list_models()]
     )
