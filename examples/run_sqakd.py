@@ -87,6 +87,9 @@ class QuantizationArguments:
     weight_bits: str = field(default="2", metadata={"help": "1 to 8"})
     activation_bits: str = field(default="2", metadata={"help": "1 to 8, or none for float"})
     first_last_bits: str = field(default="8", metadata={"help": "1 to 8, or none for full precision as in the paper"})
+    attention_bits: str = field(
+        default="none", metadata={"help": "1 to 8 for q, k, v and softmax outputs, or none for float"}
+    )
     per_channel: bool = field(default=True, metadata={"help": "one weight range per output channel"})
     integer_zero_point: bool = field(default=True, metadata={"help": "keep zero exactly on the activations' grid"})
     overrides: str = field(default="{}", metadata={"help": 'JSON: {"layer4": {"weight_bits": 4}}'})
@@ -95,7 +98,7 @@ class QuantizationArguments:
 
     def to_config(self) -> QuantizationConfig:
         options = asdict(self)
-        for name in ("weight_bits", "activation_bits", "first_last_bits"):
+        for name in ("weight_bits", "activation_bits", "first_last_bits", "attention_bits"):
             text = options[name]
             options[name] = None if text.lower() == "none" else int(text) if text.isdecimal() else text
         for name in ("overrides", "quantizer_kwargs"):
