@@ -16,8 +16,10 @@ ROOT = Path(sqakd_hf.__file__).parent
 # A module imports from lower layers only; the modules of the package `quantizers` count as one.
 LAYERS = [
     {"errors", "functional", "hub"},
-    {"losses", "quantizers", "packing", "checkpoint"},
-    {"metrics", "layers", "configuration", "collator"},
+    {"losses", "quantizers", "packing", "checkpoint", "models"},
+    {"metrics", "layers", "configuration", "collator", "outputs"},
+    {"standardized", "multihead", "interception"},
+    {"timm_layers", "bit_layers", "trace"},
     {"plan"},
     {"convert", "manifest", "report", "transforms", "sources"},
     {"data", "modeling", "card", "training_args", "interrupt"},
@@ -27,6 +29,7 @@ LAYERS = [
     {"__init__"},
 ]
 MAY_IMPORT_TRANSFORMERS = {
+    "bit_layers",  # itself imported when a model has a layer of BiT
     "configuration",
     "card",
     "push",
@@ -38,7 +41,8 @@ MAY_IMPORT_TRANSFORMERS = {
 }
 # Imported inside functions, so that `import sqakd_hf` stays quick and each is needed only where it is used.
 LATE = {"timm", "datasets", "evaluate", "torchvision", "sklearn", "matplotlib"}
-MAY_IMPORT_EARLY = {"metrics": {"datasets", "evaluate"}}
+# timm_layers and models are themselves imported late: when a model has a layer of timm's own, or is named.
+MAY_IMPORT_EARLY = {"metrics": {"datasets", "evaluate"}, "timm_layers": {"timm"}, "models": {"timm", "torchvision"}}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import skimage.data
 import torch
+from sklearn.datasets import load_sample_images
 
 from sqakd_hf import QuantizationConfig, build_model, calibrate_model, quantize_model
 
@@ -35,24 +37,32 @@ def pretrained():
 
 
 def crops(photographs, count, columns, seed):
-    """Random 224-pixel crops of photographs, from a range of their columns, normalised to [-1, 1]."""
+    """Random square crops of photographs, from a share of their columns, at 224 pixels, normalised to [-1, 1]."""
     generator = torch.Generator().manual_seed(seed)
     images = []
     for index in range(count):
         photograph = torch.from_numpy(photographs[index % len(photographs)].copy()).permute(2, 0, 1)
-        top = int(torch.randint(photograph.shape[1] - 223, (), generator=generator))
-        left = int(torch.randint(columns[0], columns[1] - 223, (), generator=generator))
-        images.append(photograph[:, top : top + 224, left : left + 224] / 127.5 - 1)
+        height, width = photograph.shape[1:]
+        first, last = int(columns[0] * width), int(columns[1] * width)
+        side = int(
+            torch.randint(min(height, last - first) * 3 // 4, min(height, last - first) + 1, (), generator=generator)
+        )
+        top = int(torch.randint(height - side + 1, (), generator=generator))
+        left = int(torch.randint(first, last - side + 1, (), generator=generator))
+        crop = photograph[None, :, top : top + side, left : left + side] / 127.5 - 1
+        images.append(torch.nn.functional.interpolate(crop, (224, 224), mode="bilinear", antialias=True)[0])
     return torch.stack(images)
 
 
 @torch.no_grad()
 def test_calibrated_on_photographs_it_decides_as_before_and_travels_whole(tmp_path, capsys):
-    from sklearn.datasets import load_sample_images
-
-    photographs = load_sample_images().images
+    photographs = [
+        *load_sample_images().images,
+        *(getattr(skimage.data, name)() for name in ("astronaut", "chelsea", "coffee", "rocket")),
+    ]
     teacher = pretrained()
-    calibration, images = crops(photographs, 64, (0, 320), seed=0), crops(photographs, 64, (320, 640), seed=1)
+    # Calibrated on the left halves, compared on the right halves.
+    calibration, images = crops(photographs, 96, (0, 0.5), seed=0), crops(photographs, 96, (0.5, 1), seed=1)
     expected = teacher(images).logits
     student = pretrained()
     plan = quantize_model(student, QuantizationConfig(weight_bits=8, activation_bits=8))
@@ -72,5 +82,6 @@ def test_calibrated_on_photographs_it_decides_as_before_and_travels_whole(tmp_pa
     agreement = (logits.argmax(1) == expected.argmax(1)).float().mean().item()
     with capsys.disabled():
         print(f"\nEfficientNet-Lite0 W8A8, calibrated only: agreement {agreement:.1%}, {size:,} bytes")
-    # Crops of two photographs are hard to tell apart (the teacher's top class has 21 %); chance would be 0.1 %.
-    assert agreement > 0.3
+    # Half of these crops have less than 0.93 logits between the teacher's first two classes. The aim is 90 %: what is
+    # missing is the first depthwise convolution, whose outputs shift by the mean of its weights' errors.
+    assert agreement > 0.75

@@ -10,12 +10,14 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     namespace = {}
     for block in blocks:
         exec(block, namespace)
     assert is_calibrated(namespace["student"])
     assert Path("student/config.json").exists()
+    said = " ".join(line.removeprefix("# ") for line in blocks[3].splitlines() if line.startswith("# "))
+    assert said == str(namespace["plan"].coverage())
 
 
 def test_the_two_commands_are_the_ones_that_ci_and_the_example_know():
