@@ -97,6 +97,13 @@ class FakeQuantizer(nn.Module):
         """Whether the grid is shifted to hold zero exactly."""
         return self.integer_zero_point and self.role == "activation" and not self.binary
 
+    @property
+    def zero_on_grid(self) -> tuple[bool, ...]:
+        """Whether zero must be on the grid (`True`), need not be (both), or lies by symmetry where it does (`False`)."""
+        if self.role == "weight":
+            return (False,)
+        return (True,) if self.has_integer_zero_point else (False, True)
+
     # --- what a subclass defines ---
 
     def init_range(self, x: torch.Tensor) -> None:

@@ -44,7 +44,7 @@ class EWGS(FakeQuantizer):
             if self.role == "weight":
                 upper = torch.maximum(-lower, upper)
                 lower = -upper
-            lower, upper = best_ends(lower, upper, rows, self.levels)
+            lower, upper = best_ends(lower, upper, rows, self.levels, self.zero_on_grid)
         elif self.role == "weight":
             lower, upper = -reach, reach
         elif self.signed:

@@ -96,7 +96,9 @@ class LSQPlus(FakeQuantizer):
         if self.binary:
             high = rows.abs().mean(1)
             low = -high
-        low, high = widen(low, high) if self.bits <= FEW_BITS else best_ends(low, high, rows, self.levels)
+        if self.bits > FEW_BITS:
+            low, high = best_ends(low, high, rows, self.levels, self.zero_on_grid)
+        low, high = widen(low, high)
         self.set_range(scale=(high - low) / (self.levels - 1), offset=low)
 
     def clip_range(self, x: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,10 @@
 """What first ranges are made of."""
 
+from collections.abc import Sequence
+
 import torch
 
-from ..functional import MIN_RANGE
+from ..functional import MIN_RANGE, affine_grid, dequantize, quantize
 
 
 def standard_deviation(rows: torch.Tensor) -> torch.Tensor:
@@ -26,29 +28,51 @@ def widen(lower: torch.Tensor, upper: torch.Tensor) -> tuple[torch.Tensor, torch
 # step gives 8-bit weights a range of 18 deviations) or clips what they could hold (three deviations).
 FEW_BITS = 4
 _FRACTIONS = tuple(0.02 * i for i in range(50, 14, -1))
-_SAMPLES = 1 << 14
+_BINS = 1 << 12
 
 
-def best_ends(lower: torch.Tensor, upper: torch.Tensor, rows: torch.Tensor, levels: int) -> tuple[torch.Tensor, ...]:
+def best_ends(
+    lower: torch.Tensor,
+    upper: torch.Tensor,
+    rows: torch.Tensor,
+    levels: int,
+    zero_on_grid: Sequence[bool] = (False,),
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the ends, each row's range shrunk by one factor, whose `levels` values are nearest to the row.
 
-    Nearest by mean squared error, among factors from 1 down to 0.3; rows of more than 2**14 elements are sampled at
-    even distances.
+    Nearest by mean squared error, among factors from 1 down to 0.3; rows of many elements are taken by their histogram.
 
     Args:
         lower, upper (`torch.Tensor`): `(channels,)`, ends that hold all of the data.
         rows (`torch.Tensor`): `(channels, n)`.
         levels (`int`): Number of values.
+        zero_on_grid (`Sequence[bool]`, *optional*, defaults to `(False,)`): Which grids to try for each factor: the
+            range as it is (`False`), shifted to hold zero exactly (`True`), or both.
     """
     lower, upper = widen(lower, upper)
-    rows = rows[:, :: -(-rows.shape[1] // _SAMPLES)]
+    points, counts = _histogram(rows, lower, upper) if rows.shape[1] > 4 * _BINS else (rows, None)
     best_error = torch.full_like(lower, float("inf"))
-    best = torch.ones_like(lower)
+    best_lower, best_upper = lower, upper
     for fraction in _FRACTIONS:
-        low, high = (lower * fraction)[:, None], (upper * fraction)[:, None]
-        step = (high - low) / (levels - 1)
-        values = ((rows.clamp(low, high) - low) / step).round() * step + low
-        error = (values - rows).square().mean(1)
-        better = error < best_error
-        best_error, best = torch.where(better, error, best_error), torch.where(better, fraction, best)
-    return lower * best, upper * best
+        for integer_zero_point in zero_on_grid:
+            grid = affine_grid(lower * fraction, upper * fraction, levels, integer_zero_point)
+            values = dequantize(quantize(points, grid, levels, channel_axis=0), grid, channel_axis=0)
+            errors = (values - points).square_()
+            error = errors.mean(1) if counts is None else errors.mul_(counts).sum(1) / rows.shape[1]
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_lower = torch.where(better, grid.lower, best_lower)
+            best_upper = torch.where(better, grid.upper, best_upper)
+    return best_lower, best_upper
+
+
+def _histogram(
+    rows: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the centres of equal bins from `lower` to `upper` and how many elements of each row they hold."""
+    low, width = lower[:, None], ((upper - lower) / _BINS)[:, None]
+    place = ((rows - low) / width).long().clamp_(0, _BINS - 1)
+    place += torch.arange(len(rows), device=rows.device)[:, None] * _BINS
+    counts = torch.bincount(place.flatten(), minlength=len(rows) * _BINS).view(-1, _BINS)
+    centres = low + (torch.arange(_BINS, device=rows.device) + 0.5) * width
+    return centres, counts.to(rows.dtype)

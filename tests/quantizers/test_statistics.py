@@ -12,6 +12,7 @@ def error(quantizer, x):
 DATA = {
     "normal": lambda g: torch.randn(4, 2000, generator=g),
     "heavy tails": lambda g: torch.randn(4, 2000, generator=g) ** 3,
+    "many": lambda g: torch.randn(4, 50000, generator=g) ** 3,
     "uniform": lambda g: torch.rand(4, 2000, generator=g) - 0.5,
     "few": lambda g: torch.randn(4, 9, generator=g),
     "small": lambda g: 1e-4 * torch.randn(4, 2000, generator=g),
