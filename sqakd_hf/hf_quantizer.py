@@ -83,6 +83,7 @@ class SQAKDHfQuantizer(HfQuantizer):
             # A float checkpoint, or a student in format version 1: latents, and layers as the patterns say.
             quantize_model(model, self.quantization_config)
             self.attach(model)
+            _declare_aliases(model)
         else:
             self._rebuild(model, stored, kwargs.get("checkpoint_files"))
         self._expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.named_parameters()}
@@ -101,6 +102,7 @@ class SQAKDHfQuantizer(HfQuantizer):
         self.base_model = manifest.base_model
         prefix = model.base_model_prefix
         apply_plan(model, manifest.plan_for(model, prefix, where))
+        _declare_aliases(model)
         missing = model.state_dict().keys() - manifest.tensors.keys() - _never_stored(model)
         if missing and type(model).__name__ in (model.config.architectures or ()):
             # A backbone with a new head may lack tensors, and transformers reports them; the model that was saved not.
@@ -149,6 +151,10 @@ class SQAKDHfQuantizer(HfQuantizer):
             if not getattr(layers[name].stored_weight, "_is_hf_initialized", False):
                 raise InputError(f"{model.config._name_or_path}: the files lack the packed weight of {name!r}.")
             _unpack(layers[name], shape, dtype)
+        for module in model.modules() if self._packed else ():
+            # transformers calls this while weights are still codes, and timm takes the dtype from the weight.
+            if hasattr(module, "init_non_persistent_buffers"):
+                module.init_non_persistent_buffers()
         for name, parameter in model.named_parameters():
             shape, dtype = self._expected.get(name, (parameter.shape, parameter.dtype))
             if parameter.shape != shape:
@@ -263,7 +269,27 @@ def _leave_the_file(model: "PreTrainedModel", but: set[torch.Tensor]) -> None:
 
 def _never_stored(model: "PreTrainedModel") -> set[str]:
     """Return the names that save_pretrained leaves out."""
-    return {*(model._keys_to_ignore_on_save or ()), *getattr(model, "all_tied_weights_keys", {})}
+    return {*(model._keys_to_ignore_on_save or ()), *getattr(model, "all_tied_weights_keys", {}), *_aliases(model)}
+
+
+def _aliases(model: nn.Module) -> set[str]:
+    """Return the further names that tensors have because one module stands in several places (timm's CoaT)."""
+    first = {module: name for name, module in model.named_modules()}
+    return {
+        f"{name}.{key}"
+        for name, module in model.named_modules(remove_duplicate=False)
+        if first[module] != name
+        for key in (*module._parameters, *module._buffers)
+    }
+
+
+def _declare_aliases(model: "PreTrainedModel") -> None:
+    """Keep transformers from initialising anew what it has loaded under another name.
+
+    It looks for modules in several places only in models that are not its own.
+    """
+    if _aliases(model):
+        model.is_custom_code = lambda: True
 
 
 def _refuse_offload(device_map: Any) -> None:

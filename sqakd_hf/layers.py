@@ -15,11 +15,15 @@ WEIGHT_NAMES = ("weight", "in_proj_weight")
 
 
 def weight_of(module: nn.Module) -> torch.Tensor | None:
-    """Return the weight matrix or kernel that `module` itself holds, in float or quantized; `None` without one."""
+    """Return the weight matrix or kernel that `module` itself holds, in float or quantized; `None` without one.
+
+    A vector that is kept in more dimensions, `(1, 1, 1, C)` of a normalisation say, is none.
+    """
     for name in WEIGHT_NAMES:
         weight = getattr(module, name, None)
         if isinstance(weight, torch.Tensor) and weight.dim() >= 2 and weight.is_floating_point():
-            return weight
+            is_vector = weight.shape[0] == 1 and weight.numel() == weight.shape[-1]
+            return None if is_vector and quantized_class(module) is None else weight
     return None
 
 

@@ -72,7 +72,7 @@ class LSQ(FakeQuantizer):
     @torch.no_grad()
     def grid(self) -> Grid:
         q_n, q_p = code_bounds(self.bits, self.signed)
-        step = self.scale.detach().clamp(min=MIN_RANGE)
+        step = self.scale.detach().clamp(min=MIN_RANGE / (q_p - q_n))
         # Written with the step itself, so that whole codes keep an exactly whole zero point.
         scale = step * ((q_p - q_n) / (self.levels - 1))
         return Grid(step * q_n, step * q_p, scale, torch.full_like(step, 0.5 if self.binary else -q_n))
