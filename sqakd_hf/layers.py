@@ -23,7 +23,8 @@ def weight_of(module: nn.Module) -> torch.Tensor | None:
         weight = getattr(module, name, None)
         if isinstance(weight, torch.Tensor) and weight.dim() >= 2 and weight.is_floating_point():
             is_vector = weight.shape[0] == 1 and weight.numel() == weight.shape[-1]
-            return None if is_vector and quantized_class(module) is None else weight
+            is_layer = not is_vector or isinstance(module, QuantizedLayer) or quantized_class(module) is not None
+            return weight if is_layer else None
     return None
 
 

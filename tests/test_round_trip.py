@@ -47,6 +47,16 @@ MODELS = {
     "timm-swin": timm(
         "swin_tiny_patch4_window7_224", img_size=32, window_size=2, embed_dim=8, depths=(1, 1), num_heads=(1, 2)
     ),
+    "timm-swinv2": timm(  # buffers that are computed while it is loaded
+        "swinv2_tiny_window8_256", img_size=32, window_size=2, embed_dim=8, depths=(1, 1), num_heads=(1, 2)
+    ),
+    "timm-coat": timm(  # modules that stand in several places
+        "coat_tiny",
+        img_size=32,
+        embed_dims=(16, 16, 16, 16),
+        serial_depths=(2, 2, 1, 1),
+        parallel_depth=1,
+    ),
     "vit": native("ViT", **SMALL_VIT),
     "deit": native("DeiT", **SMALL_VIT, architectures=["DeiTForImageClassification"]),
     "resnet": native("ResNet", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
