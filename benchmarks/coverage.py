@@ -96,6 +96,18 @@ TRANSFORMERS = {
         "out_indices": [1, 2, 3, 4],
         "pool_scales": [1, 2],
     },
+    "DetrForObjectDetection": {
+        "use_timm_backbone": False,
+        "backbone_config": {"model_type": "resnet", **STAGES, "embedding_size": 8, "layer_type": "basic"},
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "num_queries": 5,
+    },
     "YolosForObjectDetection": {**SMALL, "image_size": [64, 64], "num_detection_tokens": 5},
     "SiglipForImageClassification": {"vision_config": SMALL},
     "CLIPForImageClassification": {"vision_config": SMALL},
@@ -331,7 +343,8 @@ def table(rows: list[dict[str, object]]) -> str:
         macs = "not traced" if row["macs"] is None else f"{100 * row['macs']:.1f} %"
         lines.append(
             f"| {row['family']} | {row['name']} | {row['layers']} | {100 * row['weights']:.1f} % | {macs} | "
-            f"{100 * row['error']:.1f} % | {100 * row['yardstick']:.1f} % | {'exact' if row['exact'] else 'differs'} | {why} |"
+            f"{100 * row['error']:.1f} % | {100 * row['yardstick']:.1f} % | "
+            f"{'exact' if row['exact'] else 'differs'} | {why} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -213,7 +213,7 @@ def calibrate_model(
     bar = tqdm(desc="Calibrating", unit="batch", disable=disable_progress, leave=False)
     try:
         model.eval()
-        for name, layer in layers.items():
+        for name, layer in tqdm(layers.items(), "Weights", unit="layer", disable=disable_progress, leave=False):
             layer.restore_latent()
             weight = layer.float_weight()
             _require_finite(weight, f"the weight of layer {name!r}")

@@ -99,7 +99,7 @@ class FakeQuantizer(nn.Module):
 
     @property
     def zero_on_grid(self) -> tuple[bool, ...]:
-        """Whether zero must be on the grid (`True`), need not be (both), or lies by symmetry where it does (`False`)."""
+        """Whether first ranges put zero on the grid: always, if that is nearer (both), or as symmetry has it."""
         if self.role == "weight":
             return (False,)
         return (True,) if self.has_integer_zero_point else (False, True)

@@ -26,10 +26,10 @@ def test_no_other_factor_is_better(make, levels):
     rows = make(torch.Generator().manual_seed(0))
     reach = rows.abs().amax(1)
     low, high = best_ends(-reach, reach, rows, levels)
-    assert torch.equal(low, -high) and (high <= reach).all()
+    assert torch.equal(low, -high) and (high <= 1.1001 * reach).all()
     for row, upper, most in zip(rows.double(), high.double(), reach.double(), strict=True):
         errors = {}
-        for factor in (upper / most, *(0.02 * i for i in range(15, 51))):
+        for factor in (upper / most, *(0.02 * i for i in range(15, 56))):
             end = most * factor
             step = 2 * end / (levels - 1)
             values = ((row.clamp(-end, end) + end) / step).round() * step - end
