@@ -7,7 +7,7 @@ computes what it did. `unit_range=True` is the published form.
 
 import torch
 
-from ..functional import Grid
+from ..functional import MIN_RANGE, Grid
 from .base import FakeQuantizer, register_quantizer
 from .statistics import widen
 
@@ -49,9 +49,11 @@ class DoReFaWeight(_FixedRange):
         if self.binary:
             return x
         squashed = torch.tanh(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
-        largest = self._spread(self.rows(squashed).abs().amax(1).to(squashed.dtype), x)
+        largest = self.rows(squashed).abs().amax(1).to(squashed.dtype)
+        # A channel without weights is not stretched: its gradient would have no end.
+        largest = self._spread(torch.where(largest > MIN_RANGE, largest, 1), x)
         # Divide first: the largest weight lands on the end of the range exactly.
-        return squashed / largest.clamp(min=torch.finfo(torch.float32).tiny) * self._spread(self.magnitude, x)
+        return squashed / largest * self._spread(self.magnitude, x)
 
     def latent(self, values: torch.Tensor) -> torch.Tensor:
         if self.binary:

@@ -124,6 +124,15 @@ class TestDoReFaWeight:
             torch.testing.assert_close(y[:, 0].detach(), w[:, 0], rtol=1e-6, atol=0)  # float32
             assert (leaf.grad > 0).all(), bits  # a rounding beyond the end would have cut it
 
+    def test_a_channel_without_weights_has_a_finite_gradient(self):
+        w = normal(4, 30)
+        w[2] = 0  # a gain that starts at zero, a pruned channel
+        quantizer = calibrated(w, bits=4, role="weight", channel_axis=0)
+        leaf = w.clone().requires_grad_()
+        quantizer(leaf).sum().backward()
+        assert leaf.grad.isfinite().all()
+        assert (leaf.grad[2] == quantizer.magnitude[2]).all()
+
     @pytest.mark.parametrize("axis", [None, 0])
     def test_no_rounding_carries_a_weight_beyond_the_range(self, axis):
         w = normal(1000, 9)
