@@ -1,5 +1,6 @@
 """`SQAKDTrainer`: transformers' Trainer whose loss is the student's divergence from its teacher."""
 
+import contextlib
 import functools
 import os
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from .losses import box_loss, check_same_classes, distillation_loss, masked_mean
 from .modeling import load_teacher, num_classes, processor_of
 from .outputs import Prediction, predict
 from .push import upload_errors, weight_bytes
+from .recompute import recompute_quantized
 from .training_args import SQAKDTrainingArguments
 
 
@@ -183,7 +185,10 @@ class SQAKDTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return `T² · KL(teacher ‖ student)`, the mean over the batch; with `return_outputs` also the logits."""
-        student, teacher = self._predict(model, inputs), self.teacher_prediction(inputs)
+        saving = self.args.activation_memory == "low"
+        with recompute_quantized() if saving else contextlib.nullcontext():
+            student = self._predict(model, inputs)
+        teacher = self.teacher_prediction(inputs)
         mask = student.mask_of(inputs)
         loss = self._loss(student, teacher, mask)
         if model.training:

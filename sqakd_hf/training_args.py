@@ -21,6 +21,9 @@ class SQAKDTrainingArguments(TrainingArguments):
             of `learning_rate`, as in the paper. Ranges have no weight decay.
         calibration_images (`int`, *optional*, defaults to 512): Number of training images that set the ranges before
             training, the first of the training set.
+        activation_memory (`str`, *optional*, defaults to `"normal"`): With `"low"`, what quantizers put out is
+            computed again in the backward instead of kept: the memory of the float network, more time, the same bits.
+            A compiled model decides this itself.
         output_field (`str`, *optional*): Which of a model's outputs are the class logits, where it has several heads:
             a name such as `"class_queries_logits"`, or a number where it returns a tuple.
     """
@@ -41,7 +44,10 @@ class SQAKDTrainingArguments(TrainingArguments):
     calibration_images: int = field(
         default=512, metadata={"help": "Number of training images that set the ranges before training."}
     )
-
+    activation_memory: str = field(
+        default="normal",
+        metadata={"help": "low: compute quantized tensors again in the backward instead of keeping them."},
+    )
     output_field: str | None = field(
         default=None, metadata={"help": "Which output holds the class logits, for models with several heads."}
     )
@@ -55,3 +61,5 @@ class SQAKDTrainingArguments(TrainingArguments):
             raise InputError(f"quantizer_learning_rate must not be negative, got {self.quantizer_learning_rate!r}.")
         if self.calibration_images < 1:
             raise InputError(f"calibration_images must be at least 1, got {self.calibration_images!r}.")
+        if self.activation_memory not in ("normal", "low"):
+            raise InputError(f"activation_memory must be 'normal' or 'low', got {self.activation_memory!r}.")

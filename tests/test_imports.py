@@ -15,7 +15,7 @@ import sqakd_hf
 ROOT = Path(sqakd_hf.__file__).parent
 # A module imports from lower layers only; the modules of the package `quantizers` count as one.
 LAYERS = [
-    {"errors", "functional", "hub"},
+    {"errors", "functional", "hub", "recompute"},
     {"losses", "quantizers", "packing", "checkpoint", "models"},
     {"metrics", "layers", "configuration", "collator", "outputs"},
     {"standardized", "multihead", "interception"},

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..errors import InputError, check_bits, suggest
 from ..functional import Grid, affine_grid, dequantize, fake_quantize, quantize
+from ..recompute import remember
 
 
 ROLES = ("weight", "activation")
@@ -139,18 +140,22 @@ class FakeQuantizer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Fake-quantize `x`: same shape and dtype, values on the grid, arithmetic in float32."""
         self._require_range()
-        lower, upper = self.clip_range(x)
-        return fake_quantize(
-            self.transform(x),
-            lower,
-            upper,
-            self.levels,
-            grid=self.grid(),
-            delta=self.delta,
-            channel_axis=self.channel_axis,
-            binary=self.binary,
-            clip_only=self.clip_only,
-        ).to(x.dtype)
+        operands = (self.transform(x), *self.clip_range(x))
+        options = {
+            "levels": self.levels,
+            "grid": self.grid(),
+            "delta": self.delta,
+            "channel_axis": self.channel_axis,
+            "binary": self.binary,
+            "clip_only": self.clip_only,
+        }
+
+        def compute() -> torch.Tensor:
+            return fake_quantize(*operands, **options).to(x.dtype)
+
+        output = compute()
+        remember(output, compute)
+        return output
 
     @torch.no_grad()
     def quantize(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,75 @@
+"""Less memory for the backward: what quantizers put out is computed again there instead of being kept."""
+
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class _Again(NamedTuple):
+    """A tensor that was not kept: how to compute what it is a view of, and which view it is."""
+
+    compute: Callable[[], torch.Tensor]
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class recompute_quantized(torch.autograd.graph.saved_tensors_hooks):  # noqa: N801 - a context manager, used as a verb
+    """Context of a forward pass: layers keep the input of each quantizer for the backward, and not its output too.
+
+    An input is mostly kept anyway, by the operation that made it, so that fake quantization then needs about as much
+    memory as the float network. The backward computes the same bits again. Layers that receive a cast copy (a
+    float32 input under autocast) keep that copy.
+
+    Examples:
+        >>> from sqakd_hf import create_quantizer
+        >>> quantizer = create_quantizer("lsq", bits=2, role="activation")
+        >>> quantizer.init_range(torch.randn(8))
+        >>> with recompute_quantized():
+        ...     y = quantizer(torch.randn(8)) * torch.ones(8, requires_grad=True)
+        >>> y.sum().backward()
+    """
+
+    def __init__(self) -> None:
+        super().__init__(self._pack, self._unpack)
+        # By storage: layers save views of what they were given. Entries live as long as the tensor does.
+        self._made: dict[int, tuple[weakref.ref, Callable[[], torch.Tensor]]] = {}
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        _active.append(self)
+
+    def __exit__(self, *args: object) -> None:
+        _active.remove(self)
+        super().__exit__(*args)
+
+    def remember(self, output: torch.Tensor, compute: Callable[[], torch.Tensor]) -> None:
+        """Note that `compute()` gives `output` again."""
+        key = output.untyped_storage()._cdata
+        self._made[key] = weakref.ref(output, lambda _: self._made.pop(key, None)), compute
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Again:
+        made, compute = self._made.get(tensor.untyped_storage()._cdata, (None, None))
+        output = None if made is None else made()
+        if output is None or output.dtype != tensor.dtype:
+            return tensor
+        return _Again(compute, tensor.size(), tensor.stride(), tensor.storage_offset() - output.storage_offset())
+
+    @staticmethod
+    def _unpack(packed: torch.Tensor | _Again) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        with torch.no_grad():
+            output = packed.compute()
+        return output.as_strided(packed.size, packed.stride, output.storage_offset() + packed.offset)
+
+
+_active: list[recompute_quantized] = []
+
+
+def remember(output: torch.Tensor, compute: Callable[[], torch.Tensor]) -> None:
+    """Tell the active [`recompute_quantized`], if there is one, how to compute `output` again."""
+    if _active and not torch.compiler.is_compiling():
+        _active[-1].remember(output, compute)
