@@ -29,10 +29,15 @@ class ImageCollator:
             )
         batch = {"pixel_values": torch.stack([torch.as_tensor(f["pixel_values"]) for f in features])}
         for key in ("labels", "label"):
-            if first.get(key) is not None and not isinstance(first[key], Mapping):
+            if first.get(key) is not None and not _is_annotation(first[key]):
                 batch["labels"] = torch.stack([torch.as_tensor(f[key]).long() for f in features])
                 break
         for key in ("valid_mask", "pixel_mask"):
             if first.get(key) is not None:
                 batch[key] = torch.stack([torch.as_tensor(f[key]).bool() for f in features])
         return batch
+
+
+def _is_annotation(label: Any) -> bool:
+    """Tell whether a label is made of boxes and the like, as detectors have it."""
+    return isinstance(label, Mapping) or (isinstance(label, list | tuple) and any(map(_is_annotation, label)))

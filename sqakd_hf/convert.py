@@ -16,6 +16,7 @@ from .layers import QuantizedLayer, quantized_class
 from .outputs import run_model
 from .plan import ASKED_FOR, LayerPlan, QuantizationPlan, plan_quantization
 from .quantizers import FEW_BITS, FakeQuantizer, create_quantizer
+from .trace import evaluating
 
 
 logger = logging.getLogger(__name__)
@@ -70,11 +71,7 @@ def apply_plan(model: nn.Module, plan: QuantizationPlan) -> None:
         for line in plan.attention
         if line.skipped is None
     }
-    for parent in [*model.modules(), *twins.values()]:
-        # Not named_children(), which names a shared child once.
-        for name, child in parent._modules.items():
-            if child in twins:
-                parent._modules[name] = twins[child]
+    _replace([*model.modules(), *twins.values()], twins)
     for name, module_quantizers in attention.items():
         intercept(model.get_submodule(name), attention_quantizers=module_quantizers)
     for layer in plan.quantized:
@@ -82,6 +79,17 @@ def apply_plan(model: nn.Module, plan: QuantizationPlan) -> None:
             parent, _, child = layer.name.rpartition(".")
             intercept(model.get_submodule(parent), bypassed=[child])
     model.quantization_plan = plan
+
+
+def _replace(parents: Iterable[nn.Module], twins: Mapping[nn.Module, nn.Module]) -> None:
+    """Put the twins in the place of their modules, wherever the parents hold them."""
+    for parent in parents:
+        # Not named_children(), which names a shared child once. Lists: some models call their layers from those.
+        holders = [value for value in vars(parent).values() if isinstance(value, list | dict)]
+        for held in holders:
+            for key, child in held.items() if isinstance(held, dict) else enumerate(held):
+                if isinstance(child, nn.Module) and child in twins:
+                    held[key] = twins[child]
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -155,11 +163,7 @@ def dequantize_model(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, InterceptedModule):
             release(module)
-    twins = {layer: layer.dequantized() for layer in quantized_layers(model).values()}
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in twins:
-                parent._modules[name] = twins[child]
+    _replace(list(model.modules()), {layer: layer.dequantized() for layer in quantized_layers(model).values()})
     vars(model).pop("quantization_plan", None)
 
 
@@ -209,52 +213,50 @@ def calibrate_model(
     batches = list(batches) if isinstance(batches, Iterator) else batches
     batch_norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     by_batch = batch_norms if any(quantizer.bits <= FEW_BITS for quantizer in quantizers(model)) else []
-    was_training = {module: module.training for module in model.modules()}
     bar = tqdm(desc="Calibrating", unit="batch", disable=disable_progress, leave=False)
     try:
-        model.eval()
-        for name, layer in tqdm(layers.items(), "Weights", unit="layer", disable=disable_progress, leave=False):
-            layer.restore_latent()
-            weight = layer.float_weight()
-            _require_finite(weight, f"the weight of layer {name!r}")
-            layer.weight_quantizer.init_range(weight)
-        calibrators = [
-            _RangeAverage(_what(model, name), module)
-            for name, module in model.named_modules()
-            if isinstance(module, FakeQuantizer) and module.role == "activation"
-        ]
-        reached: set[nn.Module] = set()
-        with contextlib.ExitStack() as stack:
-            for calibrator in calibrators:
-                stack.enter_context(calibrator)
-            for layer in layers.values():
-                # Not the layer itself: its parent may compute with its weight, see interception.py.
-                handle = layer.weight_quantizer.register_forward_pre_hook(lambda module, _: reached.add(module))
-                stack.callback(handle.remove)
-            for name, layer in layers.items():
-                if layer.input_quantizer is None and layer.takes_activations:
-                    handle = layer.register_forward_pre_hook(_FiniteInput(name), with_kwargs=True)
+        with evaluating(model):
+            for name, layer in tqdm(layers.items(), "Weights", unit="layer", disable=disable_progress, leave=False):
+                layer.restore_latent()
+                weight = layer.float_weight()
+                _require_finite(weight, f"the weight of layer {name!r}")
+                layer.weight_quantizer.init_range(weight)
+            calibrators = [
+                _RangeAverage(_what(model, name), module)
+                for name, module in model.named_modules()
+                if isinstance(module, FakeQuantizer) and module.role == "activation"
+            ]
+            reached: set[nn.Module] = set()
+            with contextlib.ExitStack() as stack:
+                for calibrator in calibrators:
+                    stack.enter_context(calibrator)
+                for layer in layers.values():
+                    # Not the layer itself: its parent may compute with its weight, see interception.py.
+                    handle = layer.weight_quantizer.register_forward_pre_hook(lambda each, _: reached.add(each))
                     stack.callback(handle.remove)
-            stack.enter_context(_batch_statistics(by_batch, keep_running=True))
-            _feed(model, batches, bar, needs_two=bool(by_batch or (reestimate_batch_norm and batch_norms)))
-        missed = [name for name, layer in layers.items() if layer.weight_quantizer not in reached]
-        missed += [calibrator.what for calibrator in calibrators if not calibrator.averaged and not missed]
-        if missed:
-            raise InputError(
-                f"Calibration never reached {', '.join(missed[:8])}{', ...' * (len(missed) > 8)}: the model computes "
-                "without calling these layers, or only uses them in training. List them in modules_to_not_convert."
-            )
-        if reestimate_batch_norm:
-            with _batch_statistics(batch_norms, keep_running=False):
-                _feed(model, batches, bar, needs_two=bool(batch_norms))
+                for name, layer in layers.items():
+                    if layer.input_quantizer is None and layer.takes_activations:
+                        handle = layer.register_forward_pre_hook(_FiniteInput(name), with_kwargs=True)
+                        stack.callback(handle.remove)
+                stack.enter_context(_batch_statistics(by_batch, keep_running=True))
+                _feed(model, batches, bar, needs_two=bool(by_batch or (reestimate_batch_norm and batch_norms)))
+            missed = [name for name, layer in layers.items() if layer.weight_quantizer not in reached]
+            missed += [calibrator.what for calibrator in calibrators if not calibrator.averaged and not missed]
+            if missed:
+                raise InputError(
+                    f"Calibration never reached {', '.join(missed[:8])}{', ...' * (len(missed) > 8)}: the model "
+                    "computes without calling these layers, or only uses them in training. List them in "
+                    "modules_to_not_convert."
+                )
+            if reestimate_batch_norm:
+                with _batch_statistics(batch_norms, keep_running=False):
+                    _feed(model, batches, bar, needs_two=bool(batch_norms))
     except BaseException:
         for module in quantizers(model):
             module.reset()
         raise
     finally:
         bar.close()
-        for module, training in was_training.items():
-            module.training = training
     record_signedness(model)
     constant = [calibrator.what for calibrator in calibrators if calibrator.constant]
     if constant:

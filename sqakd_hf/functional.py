@@ -305,6 +305,10 @@ def _run(body: Callable, x: torch.Tensor, *args):
     # A dispatch mode (a FLOP counter, say) wants to see the single operations.
     if not large or _compiler_failures or torch._C._len_torch_dispatch_stack():
         return body(x, *args)
+    if torch._C._len_torch_function_stack():
+        # Dynamo compiles anew for each stack of function modes, such as the one that watches attention.
+        with torch.overrides._pop_mode_temporarily():
+            return _run(body, x, *args)
     flags = tuple(a for a in args if isinstance(a, bool))
     dtypes = tuple(a.dtype for a in (x, *args) if isinstance(a, torch.Tensor))
     try:

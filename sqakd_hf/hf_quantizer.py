@@ -289,7 +289,11 @@ def _declare_aliases(model: "PreTrainedModel") -> None:
     It looks for modules in several places only in models that are not its own.
     """
     if _aliases(model):
-        model.is_custom_code = lambda: True
+        model.is_custom_code = _yes
+
+
+def _yes() -> bool:
+    return True
 
 
 def _refuse_offload(device_map: Any) -> None:

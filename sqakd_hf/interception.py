@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from .errors import InputError
 from .layers import QuantizedLayer
 from .quantizers import FakeQuantizer
 
@@ -45,14 +46,21 @@ class InterceptedModule(nn.Module):
     """Mixin for a module whose forward is intercepted, see [`intercept`]."""
 
     bypassed_layers: tuple[str, ...] = ()
+    float_class: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with _Interceptor(self):
-            return super().forward(*args, **kwargs)
+        with _Interceptor(self) as interceptor:
+            output = super().forward(*args, **kwargs)
+        if interceptor.quantizers is not None and not interceptor.met_attention:
+            raise InputError(
+                f"{self.float_class.__name__} was quantized, but now computes attention by a function that can't be. "
+                "Use attn_implementation='sdpa' or 'eager', as when it was quantized."
+            )
+        return output
 
     def __reduce_ex__(self, protocol: int):
         # The class exists in memory only.
-        return _rebuild, (type(self).__mro__[2],), vars(self)
+        return _rebuild, (self.float_class,), vars(self)
 
 
 def intercept(
@@ -74,7 +82,7 @@ def intercept(
 
 def release(module: InterceptedModule) -> None:
     """Undo [`intercept`], in place."""
-    module.__class__ = type(module).__mro__[2]
+    module.__class__ = module.float_class
     module._modules.pop("attention_quantizers", None)
     vars(module).pop("bypassed_layers", None)
 
@@ -82,7 +90,9 @@ def release(module: InterceptedModule) -> None:
 @functools.cache
 def _intercepted(cls: type[nn.Module]) -> type[InterceptedModule]:
     # The name ends as it did: transformers looks for that.
-    return type(f"Intercepted{cls.__name__}", (InterceptedModule, cls), {"__module__": cls.__module__})
+    return type(
+        f"Intercepted{cls.__name__}", (InterceptedModule, cls), {"__module__": cls.__module__, "float_class": cls}
+    )
 
 
 def _rebuild(cls: type[nn.Module]) -> InterceptedModule:
@@ -98,6 +108,7 @@ class _Interceptor(TorchFunctionMode):
         self.layers: list[QuantizedLayer] = [module._modules[name] for name in module.bypassed_layers]
         self.quantizers: AttentionQuantizers | None = module._modules.get("attention_quantizers")
         self.probabilities: list[torch.Tensor] = []
+        self.met_attention = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -110,8 +121,10 @@ class _Interceptor(TorchFunctionMode):
         if self.quantizers is None:
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
+            self.met_attention = True
             return self._attention(*args, **kwargs)
         if func in SOFTMAX:
+            self.met_attention = True
             output = self.quantizers.probability_quantizer(func(*args, **kwargs))
             self.probabilities.append(output)
             return output
@@ -162,5 +175,9 @@ class _Interceptor(TorchFunctionMode):
             scores = (
                 scores.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool else scores + attn_mask
             )
-        probabilities = quantizers.probability_quantizer(scores.softmax(-1))
+        probabilities = scores.softmax(-1)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            # Who sees nothing gets zeros, as from the fused kernels.
+            probabilities = probabilities.masked_fill(~attn_mask.any(-1, keepdim=True), 0.0)
+        probabilities = quantizers.probability_quantizer(probabilities)
         return F.dropout(probabilities, dropout_p) @ value

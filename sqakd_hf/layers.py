@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .errors import InputError
 from .quantizers import FakeQuantizer
@@ -21,7 +22,9 @@ def weight_of(module: nn.Module) -> torch.Tensor | None:
     """
     for name in WEIGHT_NAMES:
         weight = getattr(module, name, None)
-        if isinstance(weight, torch.Tensor) and weight.dim() >= 2 and weight.is_floating_point():
+        if not isinstance(weight, torch.Tensor) or is_lazy(weight):
+            continue
+        if weight.dim() >= 2 and weight.is_floating_point():
             is_vector = weight.shape[0] == 1 and weight.numel() == weight.shape[-1]
             is_layer = not is_vector or isinstance(module, QuantizedLayer) or quantized_class(module) is not None
             return weight if is_layer else None
@@ -182,7 +185,7 @@ _REGISTERED_BY = {
 
 
 def register_quantized_layer(float_class: type[nn.Module]) -> Callable[[type[QuantizedLayer]], type[QuantizedLayer]]:
-    """Register the quantized form of `float_class` (this exact class: a subclass may compute something else).
+    """Register the quantized form of `float_class`, and of subclasses that only build it in another way.
 
     ```python
     @register_quantized_layer(nn.Linear)
@@ -210,18 +213,26 @@ def register_quantized_layer(float_class: type[nn.Module]) -> Callable[[type[Qua
 def quantized_class(layer: nn.Module) -> type[QuantizedLayer] | None:
     """Return the quantized form of `layer`, if there is one.
 
-    That is the one registered for its class; for a subclass that only adds to a registered class and computes
-    nothing itself (no `forward` of its own), the one of that class.
+    That is the one registered for its class, or for the class it inherits from where it adds nothing that could
+    compute something else or that others could call.
     """
     cls = type(layer)
     for module, registers in _REGISTERED_BY.items():
         if f"{cls.__module__}.".startswith(f"{module}."):
             importlib.import_module(f"{__package__}.{registers}")
-    base = next((base for base in cls.__mro__ if base in _REGISTRY), None)
-    computes_the_same = base is not None and all(
-        getattr(cls, name, None) is getattr(base, name, None) for name in ("__call__", "forward", "_conv_forward")
-    )
-    return _REGISTRY[base] if computes_the_same else None
+    for base in cls.__mro__:
+        if base in _REGISTRY:
+            return _REGISTRY[base]
+        if not all(_only_builds(name) for name in vars(base)):
+            return None
+    return None
+
+
+def _only_builds(member: str) -> bool:
+    """Tell whether a class that defines this is still the layer it inherits from."""
+    if member.startswith("__"):
+        return member not in ("__call__", "__getattr__", "__getattribute__", "__setattr__")
+    return member in ("extra_repr", "reset_parameters")
 
 
 @register_quantized_layer(nn.Linear)

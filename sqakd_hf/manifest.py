@@ -35,6 +35,7 @@ class Manifest:
         tensors (`dict`): Name in the files → [`~sqakd_hf.packing.checksum`].
         base_model (`str`, *optional*): Hub id of the full-precision model.
         attention (`dict`): Module that computes attention → its line of the plan.
+        others (`dict`): Module that multiplies by matrices of its own → its line of the plan, in float.
     """
 
     format: str
@@ -42,6 +43,7 @@ class Manifest:
     tensors: dict[str, str]
     base_model: str | None = None
     attention: dict[str, dict[str, Any]] = field(default_factory=dict)
+    others: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def describe(
@@ -56,7 +58,8 @@ class Manifest:
         layers = {layer.name: {**_entry(layer), "weight_shape": list(shapes[layer.name])} for layer in plan}
         attention = {line.name: _entry(line) for line in plan.attention}
         tensors = {name: checksum(tensor) for name, tensor in state_dict.items()}
-        return cls(format, layers, tensors, base_model, attention)
+        others = {line.name: {**_entry(line), "num_weights": line.num_weights} for line in plan.others}
+        return cls(format, layers, tensors, base_model, attention, others)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready data, with a checksum of its own."""
@@ -70,19 +73,23 @@ class Manifest:
             `InputError`: Naming the file `where` and the field that is not as it was written.
         """
         where = f"{where}: quantization_config.stored"
-        expected = {"format", "layers", "attention", "tensors", "base_model", "checksum"}
-        if set(data) | {"attention"} != expected:
+        expected = {"format", "layers", "attention", "others", "tensors", "base_model", "checksum"}
+        if set(data) | {"attention", "others"} != expected:
             raise InputError(f"{where} must have the fields {quote(sorted(expected))}, got {quote(sorted(data))}.")
         if data["format"] not in FORMATS:
             raise InputError(f"{where}.format must be {' or '.join(map(repr, FORMATS))}, got {data['format']!r}.")
         body = {key: value for key, value in data.items() if key != "checksum"}
-        for name in ("layers", "attention", "tensors"):
+        for name in ("layers", "attention", "others", "tensors"):
             if not isinstance(data.get(name, {}), dict):
                 raise InputError(f"{where}.{name} must be an object, got {data[name]!r}.")
         for name, entry in data["layers"].items():
             _check_entry(entry, f"{where}.layers[{name!r}]", _ENTRY_FIELDS)
         for name, entry in data.get("attention", {}).items():
             _check_entry(entry, f"{where}.attention[{name!r}]", _ENTRY_FIELDS - {"weight_shape"})
+        for name, entry in data.get("others", {}).items():
+            _check_entry(entry, f"{where}.others[{name!r}]", _ENTRY_FIELDS - {"weight_shape"} | {"num_weights"})
+            if type(entry["num_weights"]) is not int or entry["num_weights"] < 0:
+                raise InputError(f"{where}.others[{name!r}].num_weights must count, got {entry['num_weights']!r}.")
         if not isinstance(data["base_model"], str | None):
             raise InputError(f"{where}.base_model must be a repository's id or null, got {data['base_model']!r}.")
         if _json_checksum(body) != data["checksum"]:
@@ -124,15 +131,12 @@ class Manifest:
                 )
             values = {key: value for key, value in entry.items() if key != "weight_shape"}
             layers.append(LayerPlan(name=name, num_weights=weight_of(module).numel(), **values))
-        lines = []
-        for stored_name, entry in self.attention.items():
-            name = self._name_in(modules, stored_name, prefix)
-            if name is not None:
-                lines.append(LayerPlan(name=name, num_weights=0, **entry))
+        parts = [layers]
+        for table in (self.attention, self.others):
+            named = ((self._name_in(modules, stored_name, prefix), entry) for stored_name, entry in table.items())
+            parts.append([LayerPlan(**{"num_weights": 0, **entry}, name=name) for name, entry in named if name])
         order = {name: i for i, name in enumerate(modules)}
-        return QuantizationPlan(
-            *(tuple(sorted(found, key=lambda line: order[line.name])) for found in (layers, lines))
-        )
+        return QuantizationPlan(*(tuple(sorted(part, key=lambda line: order[line.name])) for part in parts))
 
     def stored_shape(self, name: str, prefix: str) -> torch.Size:
         """Return the weight shape stored for the layer that a model calls `name`."""

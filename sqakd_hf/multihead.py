@@ -41,13 +41,13 @@ class QuantizedMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute attention as `nn.MultiheadAttention` does; same arguments, same shapes."""
-        is_batched = query.dim() == 3
+        is_batched, is_self_attention = query.dim() == 3, query is key and key is value
         if is_batched and not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         elif not is_batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        query, key, value = (self._heads(x) for x in self._project(query, key, value))
+        query, key, value = (self._heads(x) for x in self._project(query, key, value, is_self_attention))
         mask = self._mask(query, key, attn_mask, key_padding_mask, is_causal)
         weights = None
         if need_weights:
@@ -64,9 +64,11 @@ class QuantizedMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
             return output if self.batch_first else output.transpose(0, 1), weights
         return output.squeeze(0), None if weights is None else weights.squeeze(0)
 
-    def _project(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+    def _project(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_self_attention: bool
+    ) -> list[torch.Tensor]:
         weight, bias = self.quantized_weight(), self.in_proj_bias
-        if query is key and key is value:
+        if is_self_attention:
             return list(F.linear(self.quantized_input(query), weight, bias).chunk(3, dim=-1))
         biases = (None,) * 3 if bias is None else bias.chunk(3)
         return [

@@ -29,17 +29,18 @@ class Prediction:
         mask = inputs.get("valid_mask")
         if mask is None:
             return None
-        if self.logits.dim() == 4:
+        if self.logits.dim() == 4 and mask.dim() == 3:
             mask = F.interpolate(mask[:, None].float(), self.logits.shape[2:], mode="nearest")[:, 0].bool()
         shape = self.classes().shape
         if mask.shape != shape:
             raise InputError(f"valid_mask must be {tuple(shape)} for these logits, got {tuple(mask.shape)}.")
         return mask
 
-    def hits(self, labels: torch.Tensor, ignore_index: int = 255) -> torch.Tensor | None:
-        """Return per image the share of positions whose class is the label's; `None` for labels of another kind.
+    def hits(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return per image the share of positions whose class is the label's, and whether any has a label.
 
-        Maps of labels `(B, H, W)` are compared at their own size, as transformers does; `ignore_index` is left out.
+        `None` for labels of another kind. Maps of labels `(B, H, W)` are compared at their own size, as transformers
+        does; positions labelled 255 or below 0 have none.
         """
         logits = self.logits
         if logits.dim() == 4 and labels.dim() == 3:
@@ -48,8 +49,8 @@ class Prediction:
         if found.shape != labels.shape:
             return None
         found, labels = found.reshape(len(found), -1), labels.reshape(len(labels), -1)
-        valid = labels != ignore_index if logits.dim() > 2 else torch.ones_like(labels, dtype=torch.bool)
-        return ((found == labels) & valid).sum(1) / valid.sum(1).clamp(min=1)
+        valid = (labels != 255) & (labels >= 0) if logits.dim() > 2 else torch.ones_like(labels, dtype=torch.bool)
+        return ((found == labels) & valid).sum(1) / valid.sum(1).clamp(min=1), valid.any(1)
 
 
 def run_model(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Any:
@@ -66,14 +67,15 @@ def predict(model: nn.Module, inputs: Mapping[str, torch.Tensor], field: str | N
     Args:
         model (`nn.Module`): The model.
         inputs (`dict`): The batch, see [`run_model`].
-        field (`str`, *optional*): The name (or, for tuples, the number) of the logits among several outputs.
+        field (`str`, *optional*): The name (or, for tuples, the number) of the logits among several outputs; a model
+            with one output is not asked.
 
     Raises:
-        `InputError`: No such output, or several that could be meant.
+        `InputError`: No such output, several that could be meant, or a detector whose classes are no distribution.
     """
     outputs = run_model(model, inputs)
     if isinstance(outputs, torch.Tensor):
-        outputs = {"logits": outputs}
+        return Prediction(outputs)
     elif not isinstance(outputs, Mapping):
         outputs = {str(i): value for i, value in enumerate(outputs)}
     tensors = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor) and value.dim() > 1}
@@ -81,7 +83,14 @@ def predict(model: nn.Module, inputs: Mapping[str, torch.Tensor], field: str | N
         field = _only_logits(type(model).__name__, tensors)
     elif field not in tensors:
         raise InputError(f"output_field={field!r}: {type(model).__name__} returns {', '.join(tensors)}.")
-    return Prediction(tensors[field], tensors.get("pred_boxes"))
+    prediction = Prediction(tensors[field], tensors.get("pred_boxes"))
+    labels = getattr(getattr(_unwrapped(model), "config", None), "num_labels", None)
+    if prediction.boxes is not None and prediction.logits.shape[-1] == labels:
+        raise InputError(
+            f"{type(_unwrapped(model)).__name__} predicts each class by a sigmoid of its own: without a class for 'no "
+            "object' its logits are no distribution to distil. Use a detector that has one, such as DETR or YOLOS."
+        )
+    return prediction
 
 
 def _only_logits(kind: str, tensors: dict[str, torch.Tensor]) -> str:
@@ -99,13 +108,15 @@ def _only_logits(kind: str, tensors: dict[str, torch.Tensor]) -> str:
     )
 
 
-def _keywords(model: nn.Module) -> set[str]:
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return what wrappers (DDP, a compiled model) wrap: those pass on whatever they get."""
     parameters = inspect.signature(type(model).forward).parameters
-    # Wrappers (DDP, a compiled model) pass on whatever they get: look at what they wrap.
-    passes_on = any(
-        parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in parameters.values()
-    )
+    kinds = {parameter.kind for parameter in parameters.values()}
+    passes_on = kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
     inner = getattr(model, "_orig_mod", getattr(model, "module", None))
-    if "pixel_values" not in parameters and passes_on and isinstance(inner, nn.Module):
-        return _keywords(inner)
-    return set(parameters)
+    is_wrapper = passes_on and "pixel_values" not in parameters and isinstance(inner, nn.Module)
+    return _unwrapped(inner) if is_wrapper else model
+
+
+def _keywords(model: nn.Module) -> set[str]:
+    return set(inspect.signature(type(_unwrapped(model)).forward).parameters)

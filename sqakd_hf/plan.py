@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .configuration import LAYER_FIELDS, QuantizationConfig, check_patterns, matches
 from .errors import InputError
@@ -55,7 +56,7 @@ class Coverage:
     """How much of a model is quantized: its layers with weights, counted four ways.
 
     Args:
-        layers, quantized_layers (`int`): How many there are, and how many are quantized.
+        layers, quantized_layers (`int`): How many there are (others included), and how many are quantized.
         weights, quantized_weights (`int`): Elements of their weights.
         macs, quantized_macs (`int`, *optional*): Multiply-accumulates for one image; `None` where the model did not
             run on an example.
@@ -92,11 +93,13 @@ class Coverage:
 class QuantizationPlan:
     """All layers that hold a weight matrix or kernel, in the model's order. `print(plan)` shows it as a table.
 
-    `attention` has a line for each module that computes attention.
+    `attention` has a line for each module that multiplies activations by each other, `others` one for each that
+    multiplies by matrices of its own without being a layer with a quantized form: recurrent networks, bare parameters.
     """
 
     layers: tuple[LayerPlan, ...]
     attention: tuple[LayerPlan, ...] = ()
+    others: tuple[LayerPlan, ...] = ()
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
@@ -108,8 +111,8 @@ class QuantizationPlan:
 
     @property
     def skipped(self) -> list[LayerPlan]:
-        """The layers that stay in float."""
-        return [layer for layer in self.layers if layer.skipped is not None]
+        """The layers that stay in float, and the others."""
+        return [line for line in (*self.layers, *self.others) if line.skipped is not None]
 
     def bits(self) -> str:
         """The bits that most of the quantized weights have, as `"W2A2"`."""
@@ -120,35 +123,38 @@ class QuantizationPlan:
 
     def weight_bytes(self) -> int:
         """Bytes that the weights of these layers take: whole codes of `bits` bits each, four bytes where float."""
-        return sum((layer.num_weights * (layer.weight_bits or 32) + 7) // 8 for layer in self.layers)
+        lines = (*self.layers, *self.others)
+        return sum((line.num_weights * (line.weight_bits or 32) + 7) // 8 for line in lines)
 
     def coverage(self) -> Coverage:
         """Count what is quantized, in layers, weights, multiply-accumulates, bytes and bit operations."""
-        traced = any(layer.macs is not None for layer in self.layers)
+        lines = (*self.layers, *self.others)
+        traced = any(line.macs is not None for line in lines)
         quantized_attention = [line for line in self.attention if line.skipped is None]
 
         def macs(lines: Iterable[LayerPlan]) -> int | None:
             return sum(line.macs or 0 for line in lines) if traced else None
 
         return Coverage(
-            layers=len(self.layers),
+            layers=len(lines),
             quantized_layers=len(self.quantized),
-            weights=sum(layer.num_weights for layer in self.layers),
+            weights=sum(line.num_weights for line in lines),
             quantized_weights=sum(layer.num_weights for layer in self.quantized),
-            macs=macs(self.layers),
+            macs=macs(lines),
             quantized_macs=macs(self.quantized),
             attention_macs=macs(self.attention),
             quantized_attention_macs=macs(quantized_attention),
             weight_bytes=self.weight_bytes(),
-            bops=sum(map(_bops, (*self.layers, *self.attention))) if traced else None,
-            float_bops=32 * 32 * (macs(self.layers) + macs(self.attention)) if traced else None,
+            bops=sum(map(_bops, (*lines, *self.attention))) if traced else None,
+            float_bops=32 * 32 * (macs(lines) + macs(self.attention)) if traced else None,
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON-ready data: `layers`, `attention` and `coverage`."""
+        """Return the plan as JSON-ready data: `layers`, `attention`, `others` and `coverage`."""
         return {
             "layers": [asdict(layer) for layer in self.layers],
             "attention": [asdict(line) for line in self.attention],
+            "others": [asdict(line) for line in self.others],
             "coverage": asdict(self.coverage()),
         }
 
@@ -165,11 +171,11 @@ class QuantizationPlan:
             parts.append(f"{len(self.skipped)} in float")
         attention = Counter(line.activation_bits for line in self.attention if line.skipped is None)
         parts += [f"attention of {count} at A{bits}" for bits, count in attention.most_common()]
-        return f"{len(self.layers)} layers: {', '.join(parts)}"
+        return f"{len(self.layers) + len(self.others)} layers: {', '.join(parts)}"
 
     def __str__(self) -> str:
         rows = [("layer", "type", "weights", "MACs", "bits", "quantizer", "weight ranges", "input")]
-        for layer in (*self.layers, *self.attention):
+        for layer in (*self.layers, *self.others, *self.attention):
             if layer.skipped is not None:
                 end = ("float", f"({layer.skipped})", "", "")
             elif layer.weight_bits is None:
@@ -241,9 +247,12 @@ def plan_quantization(
     trace = trace_model(model, candidates, images)
     attention = {} if trace is None else trace.attention
     names = list(candidates)
-    check_patterns(config.modules_to_not_convert, [*names, *attention], "modules_to_not_convert")
+    others = [] if trace is None else list(trace.others)
+    check_patterns(config.modules_to_not_convert, [*names, *attention, *others], "modules_to_not_convert")
     check_patterns(list(config.overrides), [*names, *attention], "overrides")
-    excluded = {n for n in (*names, *attention) if any(matches(n, p) for p in config.modules_to_not_convert)}
+    by_attention = [pattern for pattern, options in config.overrides.items() if "attention_bits" in options]
+    check_patterns(by_attention, list(attention), "overrides with attention_bits")
+    excluded = {name for name in (*names, *attention) if _excluded(name, config)}
     for pattern in config.overrides:
         if all(name in excluded for name in (*names, *attention) if matches(name, pattern)):
             raise InputError(
@@ -267,6 +276,16 @@ def plan_quantization(
         _plan_attention(name, type(model.get_submodule(name)).__name__, config, name in excluded, trace)
         for name in attention
     )
+    others = tuple(
+        LayerPlan(
+            name=name,
+            layer_type=(kind := type(model.get_submodule(name)).__name__),
+            num_weights=weights,
+            macs=macs,
+            skipped=NOT_CONVERTED if _excluded(name, config) else f"{kind} multiplies by matrices of its own",
+        )
+        for name, (weights, macs) in ({} if trace is None else trace.others).items()
+    )
     wants_attention = config.attention_bits is not None or any(
         options.get("attention_bits") is not None for options in config.overrides.values()
     )
@@ -276,7 +295,18 @@ def plan_quantization(
             + (", which does not run on noise: pass example images." if trace is None else ".")
             + " Transformers models need attn_implementation='sdpa' or 'eager'."
         )
-    return QuantizationPlan(layers, lines)
+    plan = QuantizationPlan(layers, lines, others)
+    if not plan.quantized and not any(line.skipped is None for line in lines):
+        reasons = Counter(line.skipped for line in plan.skipped)
+        raise InputError(
+            f"Nothing of {type(model).__name__} would be quantized: {len(plan.skipped)} layers stay in float, most "
+            f"because: {reasons.most_common(1)[0][0]}."
+        )
+    return plan
+
+
+def _excluded(name: str, config: QuantizationConfig) -> bool:
+    return any(matches(name, pattern) for pattern in config.modules_to_not_convert)
 
 
 def _require_quantizable(model: nn.Module, candidates: dict[str, nn.Module]) -> None:
@@ -284,10 +314,14 @@ def _require_quantizable(model: nn.Module, candidates: dict[str, nn.Module]) -> 
     kind = type(model).__name__
     if any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise InputError("The model is quantized already. Load or build the float model again to quantize it anew.")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise InputError(f"{kind} is scripted or traced, its layers can't be replaced. Pass the eager model.")
-    if hasattr(model, "_orig_mod"):
-        raise InputError("The model is compiled already. Quantize the eager model, then compile the student.")
+    for name, module in model.named_modules():
+        what = f"Its part {name!r}" if name else "The model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(f"{what} is scripted or traced, its layers can't be replaced. Pass the eager model.")
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise InputError(f"{what} is compiled already. Quantize the eager model, then compile the student.")
+        if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+            raise InputError(f"{what} has parameters of no size yet. Run the model on a batch first.")
     other = next((m for m in model.modules() if f"{type(m).__module__}.".startswith(_OTHER_TOOLS)), None)
     # Models that transformers quantized, and weights that are tensors of another tool's own class.
     strange = next((m for m in candidates.values() if type(weight_of(m)) not in (nn.Parameter, torch.Tensor)), None)
@@ -314,9 +348,10 @@ def _require_own_weights(candidates: dict[str, nn.Module]) -> None:
         if quantized_class(module) is None and not hasattr(module, "parametrizations"):
             continue
         weight = weight_of(module)
-        if not any(parameter is weight for parameter in module._parameters.values()):
+        own = any(parameter is weight for parameter in module._parameters.values())
+        if not own or hasattr(module, "parametrizations"):
             raise InputError(
-                f"The weight of {name!r} is computed by a parametrization or by pruning. Make it permanent "
+                f"A parameter of {name!r} is computed by a parametrization or by pruning. Make it permanent "
                 "(parametrize.remove_parametrizations or prune.remove), or list the layer in modules_to_not_convert."
             )
         if (first := owners.setdefault(id(weight), name)) != name:
@@ -383,7 +418,7 @@ def _plan_attention(
 ) -> LayerPlan:
     base = {"name": name, "layer_type": layer_type, "num_weights": 0, "macs": trace.attention_macs.get(name, 0)}
     options = {**config.layer_options(), "attention_bits": config.attention_bits}
-    for override in _overrides_of(name, config):
+    for override in _overrides_of(name, config, attention=True):
         options.update(override)
     reason = NOT_CONVERTED if is_excluded else None
     if reason is None and options["attention_bits"] is None:
@@ -400,8 +435,13 @@ def _plan_attention(
     )
 
 
-def _overrides_of(name: str, config: QuantizationConfig) -> list[dict[str, Any]]:
-    return [options for pattern, options in config.overrides.items() if matches(name, pattern)]
+def _overrides_of(name: str, config: QuantizationConfig, attention: bool = False) -> list[dict[str, Any]]:
+    """Return the overrides that reach a layer, or a module that computes attention; without what is not for it."""
+    reaching = [options for pattern, options in config.overrides.items() if matches(name, pattern)]
+    if attention:
+        return reaching
+    options_of_layers = [{k: v for k, v in options.items() if k != "attention_bits"} for options in reaching]
+    return [options for options in options_of_layers if options]
 
 
 def _first_and_last(model: nn.Module, names: list[str], trace: Trace | None) -> set[str]:

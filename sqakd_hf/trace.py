@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .errors import first_line
+from .errors import InputError, first_line
 from .interception import PRODUCTS, SOFTMAX, WEIGHTED, input_and_weight
 from .layers import QuantizedLayer, quantized_class, weight_of
+from .outputs import run_model
 
 
 logger = logging.getLogger(__name__)
@@ -31,9 +32,11 @@ class Trace:
         first, last (`set[str]`): Layers that the image reaches before any other; layers that the output leaves from.
         bypassed (`dict[str, str]`): Layer whose weight another module applies itself → that module.
         misused (`dict[str, str]`): Layer whose weight is used in a way that nothing can stand in for → that use.
-        attention (`dict[str, str | None]`): Module that computes attention → `None`, or why its products can't be
-            told apart.
+        attention (`dict[str, str | None]`): Module that multiplies activations by each other → `None` where that is
+            attention whose operands can be told apart, or why not.
         attention_macs (`dict[str, int]`): Module → multiply-accumulates of its products of activations.
+        others (`dict[str, tuple[int, int]]`): Module that multiplies by matrices of its own without being a layer
+            (recurrent networks, bare parameters) → elements of these matrices, multiply-accumulates.
     """
 
     macs: dict[str, int] = field(default_factory=dict)
@@ -43,38 +46,39 @@ class Trace:
     misused: dict[str, str] = field(default_factory=dict)
     attention: dict[str, str | None] = field(default_factory=dict)
     attention_macs: dict[str, int] = field(default_factory=dict)
+    others: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @torch.no_grad()
 def trace_model(model: nn.Module, layers: Mapping[str, nn.Module], images: torch.Tensor | None = None) -> Trace | None:
-    """Run `model` on one image in eval mode and return what its `layers` did; `None` if it does not run.
+    """Run `model` on one image in eval mode and return what its `layers` did; `None` if it does not run on noise.
 
     Args:
         model (`nn.Module`): A float model; it is left as it was.
         layers (`dict`): Name → module, the layers to watch.
         images (`torch.Tensor`, *optional*): `(B, C, H, W)`; by default noise of the size that the model states, or
             else of common sizes in turn.
+
+    Raises:
+        `InputError`: The model does not run on `images`.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    was_training = {module: module.training for module in model.modules()}
+    if images is not None and not (isinstance(images, torch.Tensor) and images.dim() >= 2):
+        raise InputError(f"images must be a tensor (B, C, H, W), got {type(images).__name__}.")
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     reason = None
-    model.eval()
-    try:
-        for example in [images] if images is not None else _examples(model, device):
+    with evaluating(model):
+        for example in [images] if images is not None else _examples(model, like.device):
             watcher = _Watcher(model, layers)
             try:
                 with torch.random.fork_rng(devices=[]), watcher.watching():
-                    example = example.to(device)
+                    example = example.to(like.device, like.dtype, copy=True)
                     _set_sources(example, frozenset([_IMAGE]))
-                    output = model(example)
+                    output = run_model(model, {"pixel_values": example})
                 return watcher.finish(output, len(example))
             except Exception as error:  # whatever a model raises on images it is not made for
                 reason = f"{tuple(example.shape)}: {type(error).__name__}: {first_line(error)}"
-    finally:
-        for module, training in was_training.items():
-            module.training = training
     if images is not None:
-        logger.warning("The model does not run on the example images, %s", reason)
+        raise InputError(f"{type(model).__name__} does not run on the example images, {reason}.")
     logger.info(
         "%s does not run on noise (%s): the order of its layers is that of their registration, and layers that never "
         "run are not known before calibration. Pass example images to tell.",
@@ -82,6 +86,19 @@ def trace_model(model: nn.Module, layers: Mapping[str, nn.Module], images: torch
         reason,
     )
     return None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put `model` in eval mode for a while; each module's own mode comes back."""
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()  # timm's caches of what eval mode computed from the weights end with it
+        for module, training in was_training.items():
+            module.training = training
 
 
 def _examples(model: nn.Module, device: torch.device) -> Iterator[torch.Tensor]:
@@ -115,7 +132,7 @@ class _Watcher(TorchFunctionMode):
     """Sees every torch function and every module of one forward.
 
     Each tensor is marked with the layers it comes from most recently: through operations marks are united, a layer
-    replaces them by its own name.
+    replaces them by its own name. Tensors made of one weight alone (transposed, reshaped) are marked with its owner.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]):
@@ -124,7 +141,15 @@ class _Watcher(TorchFunctionMode):
         self.trace = Trace()
         self.active: list[str] = []  # names of the modules whose forward is running
         self.owner = {id(weight_of(module)): name for name, module in layers.items()}
+        self.loose = {
+            id(parameter): name
+            for name, module in model.named_modules()
+            for parameter in module.parameters(recurse=False)
+            if parameter.dim() > 1 and id(parameter) not in self.owner
+        }
+        self.used: dict[str, dict[int, int]] = {}  # module → its loose matrices by id → elements
         self.products: dict[str, list[str]] = {}
+        self.within: dict[str, list[str]] = {}  # the same, of the modules inside as well
         self.reached: dict[str, set[str]] = {}
 
     @contextmanager
@@ -163,10 +188,12 @@ class _Watcher(TorchFunctionMode):
         outputs = _tensors(output)
         if outputs:
             count = (cls or QuantizedLayer).count_macs
-            macs = count(weight_of(self.layers[name]), _tensors(inputs), outputs[0])
-            self.trace.macs[name] = self.trace.macs.get(name, 0) + macs
+            self._add_macs(name, count(weight_of(self.layers[name]), _tensors(inputs), outputs[0]))
         for tensor in outputs:
             _set_sources(tensor, frozenset([name]))
+
+    def _add_macs(self, layer: str, macs: int) -> None:
+        self.trace.macs[layer] = self.trace.macs.get(layer, 0) + macs
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -181,7 +208,8 @@ class _Watcher(TorchFunctionMode):
             layer = self.owner.get(id(tensor))
             if layer is not None and layer not in self.active and outputs:
                 sources = self._foreign_use(layer, func, args, kwargs, outputs, sources)
-        self._watch_products(func, name, args, inputs, outputs)
+        self._watch_weights(func, name, args, kwargs, inputs, outputs)
+        self._watch_products(func, args, inputs, outputs)
         changed = [*outputs, args[0]] if name == "__setitem__" and isinstance(args[0], torch.Tensor) else outputs
         for tensor in changed:
             if not isinstance(tensor, nn.Parameter):
@@ -210,12 +238,48 @@ class _Watcher(TorchFunctionMode):
             )
         return sources
 
-    def _watch_products(self, func, name: str, args: tuple, inputs: list, outputs: list) -> None:
+    def _weight_behind(self, tensor: torch.Tensor) -> tuple[str, int] | None:
+        """Return the owner and the id of the weight that `tensor` is, or is made of."""
+        owner = self.owner.get(id(tensor), self.loose.get(id(tensor)))
+        return getattr(tensor, "_sqakd_weight", None) if owner is None else (owner, id(tensor))
+
+    def _watch_weights(self, func, name: str, args: tuple, kwargs: dict, inputs: list, outputs: list) -> None:
+        """Count products with matrices that no layer of their own applies."""
+        if func in WEIGHTED:
+            operands = [input_and_weight(args, kwargs)[1]]
+        elif func in PRODUCTS or name in _TAKE_MANY:
+            operands = inputs
+        else:
+            behind = {self._weight_behind(tensor) for tensor in inputs}
+            if len(behind) == 1 and None not in behind:
+                for tensor in outputs:
+                    tensor._sqakd_weight = next(iter(behind))
+            return
+        for tensor in operands:
+            behind = self._weight_behind(tensor)
+            if behind is None or (behind[0] in self.layers and behind[0] in self.active):
+                continue
+            owner, key = behind
+            if name in _TAKE_MANY:
+                macs = tensor.numel() * (outputs[0].numel() // outputs[0].shape[-1])
+            elif func in WEIGHTED:
+                macs = QuantizedLayer.count_macs(tensor, [], outputs[0])
+            else:
+                macs = outputs[0].numel() * _contracted(func, args, inputs)
+            if owner not in self.layers:
+                self.used.setdefault(owner, {})[key] = tensor.numel()
+                matrices, before = self.trace.others.get(owner, (0, 0))
+                self.trace.others[owner] = matrices, before + macs
+            elif owner in self.trace.misused and id(tensor) not in self.owner:
+                self._add_macs(owner, macs)
+
+    def _watch_products(self, func, args: tuple, inputs: list, outputs: list) -> None:
         user = self.active[-1] if self.active else ""
         if func in SOFTMAX and outputs:
             outputs[0]._sqakd_probability = True
+            self._note("softmax", user)
         elif func is F.scaled_dot_product_attention or func is F.multi_head_attention_forward:
-            self.products.setdefault(user, []).append("attention")
+            self._note("attention", user)
             if func is F.scaled_dot_product_attention:
                 query, key, value = inputs[:3]
                 macs = query.numel() * key.shape[-2] + query.numel() // query.shape[-1] * value.numel() // math.prod(
@@ -223,17 +287,24 @@ class _Watcher(TorchFunctionMode):
                 )
             else:  # (L, B, E), (S, B, E)
                 macs = 2 * inputs[0].numel() * inputs[1].shape[0]
-            self._add_macs(user, macs)
-        elif func in PRODUCTS and len(inputs) >= 2 and not any(isinstance(t, nn.Parameter) for t in inputs):
+            self._add_attention_macs(user, macs)
+        elif func in PRODUCTS and len(inputs) >= 2:
+            if any(self._weight_behind(tensor) for tensor in inputs):
+                self._note("weights", user)
+                return
             by_softmax = any(getattr(tensor, "_sqakd_probability", False) for tensor in inputs)
-            self.products.setdefault(user, []).append("values" if by_softmax else "scores")
-            shared = inputs[0].shape[-1] if func is not torch.einsum else _contracted(args[0], inputs)
-            self._add_macs(user, outputs[0].numel() * shared)
+            self._note("values" if by_softmax else "scores", user)
+            self._add_attention_macs(user, outputs[0].numel() * _contracted(func, args, inputs))
         elif inputs and getattr(inputs[0], "_sqakd_probability", False):
             for tensor in outputs:
                 tensor._sqakd_probability = True
 
-    def _add_macs(self, user: str, macs: int) -> None:
+    def _note(self, kind: str, user: str) -> None:
+        self.products.setdefault(user, []).append(kind)
+        for name in dict.fromkeys([*self.active, user]):
+            self.within.setdefault(name, []).append(kind)
+
+    def _add_attention_macs(self, user: str, macs: int) -> None:
         self.trace.attention_macs[user] = self.trace.attention_macs.get(user, 0) + macs
 
     def finish(self, output: Any, images: int) -> Trace:
@@ -245,14 +316,38 @@ class _Watcher(TorchFunctionMode):
         trace.last = set().union(*map(_sources, _tensors(output))) - {_IMAGE}
         for counts in (trace.macs, trace.attention_macs):
             counts.update({name: count // images for name, count in counts.items()})
-        for name, products in self.products.items():
-            if "attention" in products or "values" in products:
-                whole = products in (["attention"], ["scores", "values"])
-                trace.attention[name] = None if whole else f"it computes the products {', '.join(products)}"
+        trace.others = {
+            name: (sum(self.used[name].values()), macs // images) for name, (_, macs) in trace.others.items()
+        }
+        trace.attention = {
+            name: self._why_not_attention(name)
+            for name, products in self.products.items()
+            if {"attention", "values", "scores"} & set(products)
+        }
         return trace
 
+    def _why_not_attention(self, name: str) -> str | None:
+        products = [kind for kind in self.products[name] if kind != "softmax"]
+        if "attention" not in products and "values" not in products:
+            return "it multiplies activations without a softmax between"
+        # The softmax may be a module of its own, inside.
+        whole = {("attention",): ["attention"], ("scores", "values"): ["scores", "softmax", "values"]}
+        if tuple(products) not in whole:
+            return f"it computes the products {', '.join(products)}"
+        if self.within[name] != whole[tuple(products)]:
+            return "modules inside it compute products or softmaxes as well"
+        return None
 
-def _contracted(equation: str, operands: list[torch.Tensor]) -> int:
+
+# Functions that take many matrices at once.
+_TAKE_MANY = {"lstm", "gru", "rnn_tanh", "rnn_relu", "multi_head_attention_forward"}
+
+
+def _contracted(func, args: tuple, operands: list[torch.Tensor]) -> int:
+    """Return how many products are summed for one element of the result."""
+    if func is not torch.einsum:
+        return operands[0].shape[-1]
+    equation = args[0]
     if not isinstance(equation, str) or "->" not in equation:
         return 1
     terms, result = equation.replace(" ", "").split("->")

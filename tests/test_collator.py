@@ -75,3 +75,9 @@ class TestImageCollator:
         )
         with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
             ImageCollator()([{"label": 1, "image": None}])
+
+
+@pytest.mark.parametrize("boxes", [{"boxes": [1]}, [{"bbox": [1, 2, 3, 4]}], [[{"id": 1}]]])
+def test_annotations_of_detectors_are_no_labels(boxes):
+    batch = ImageCollator()([{"pixel_values": torch.zeros(3, 2, 2), "labels": boxes}])
+    assert list(batch) == ["pixel_values"]

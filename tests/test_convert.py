@@ -939,3 +939,30 @@ class TestBatchStatistics:
         quantize_model(model, QuantizationConfig(weight_bits=8, activation_bits=8))
         calibrate(model, [randn(1, 3, 8, 8)])
         assert is_calibrated(model)
+
+
+class Listed(nn.Module):
+    """Calls its layers from a plain list, as MaskFormer's heads do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)]
+        self.named = {"head": nn.Linear(4, 2)}
+        for i, layer in enumerate(self.layers):
+            self.add_module(str(i), layer)
+        self.add_module("head", self.named["head"])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.named["head"](x.mean((2, 3)))
+
+
+def test_layers_are_replaced_wherever_their_parent_holds_them():
+    model = Listed()
+    quantize_model(model, images=torch.randn(1, 3, 8, 8))
+    assert all(isinstance(layer, QuantizedLayer) for layer in (*model.layers, model.named["head"]))
+    calibrate(model, [torch.randn(4, 3, 8, 8)])
+    convert_module.dequantize_model(model)
+    assert type(model.layers[0]) is nn.Conv2d and model.layers[0] is model._modules["0"]
+    assert type(model.named["head"]) is nn.Linear

@@ -114,6 +114,73 @@ class TestProducts:
         plan = plan_quantization(Attention(twice), QuantizationConfig(attention_bits=8))
         assert plan.attention[0].skipped == "it computes the products scores, values, scores, values"
 
+    def test_products_with_matrices_of_its_own_are_left_with_the_reason(self):
+        class Positions(Products):
+            def __init__(self):
+                super().__init__(WAYS["bmm"])
+                self.table = nn.Parameter(torch.randn(16, 8))
+
+            def forward(self, q, k, v):
+                return ((q @ k.mT) + q @ self.table.t()).softmax(-1) @ v
+
+        model = Attention(None)
+        model.inner = Positions()
+        plan = plan_quantization(model, QuantizationConfig(attention_bits=8), IMAGES)
+        assert plan.attention[0].skipped == "it computes the products scores, weights, values"
+        assert [(line.name, line.num_weights, line.macs) for line in plan.others] == [("inner", 128, 16 * 128)]
+
+    def test_products_of_modules_inside_are_left_with_the_reason(self):
+        class Gated(Products):
+            def __init__(self):
+                super().__init__(WAYS["bmm"])
+                self.gate = nn.Softmax(-1)
+
+            def forward(self, q, k, v):
+                return super().forward(q, k, v) * self.gate(q)
+
+        model = Attention(None)
+        model.inner = Gated()
+        plan = plan_quantization(model, QuantizationConfig(attention_bits=8))
+        assert plan.attention[0].skipped == "modules inside it compute products or softmaxes as well"
+
+    def test_linear_attention_is_listed(self):
+        plan = plan_quantization(Attention(lambda self, q, k, v: q @ (k.mT @ v)), QuantizationConfig())
+        assert plan.attention[0].skipped == "attention_bits is None"
+        plan = plan_quantization(Attention(lambda self, q, k, v: q @ (k.mT @ v)), QuantizationConfig(attention_bits=8))
+        assert plan.attention[0].skipped == "it multiplies activations without a softmax between"
+        assert plan.attention[0].macs == 2 * 784 * 64
+
+    @pytest.mark.parametrize("name", ["test_vit", "swin_tiny_patch4_window7_224", "levit_128s", "crossvit_tiny_240"])
+    def test_each_quantizer_runs_once_a_forward(self, name):
+        torch.manual_seed(0)
+        model = timm.create_model(name)
+        images = torch.randn(2, *model.pretrained_cfg["input_size"])
+        student, plan = student_of(model, images, attention_bits=8)
+        calls = {}
+        for line in plan.attention:
+            assert line.skipped is None
+            for each in student.get_submodule(line.name).attention_quantizers.children():
+                each.register_forward_hook(lambda module, *_: calls.update({module: calls.get(module, 0) + 1}))
+        with torch.no_grad():
+            student(images)
+        assert len(calls) == 4 * len(plan.attention) and set(calls.values()) == {1}
+
+    def test_who_sees_nothing_gets_zeros_as_from_the_fused_kernel(self):
+        mask = torch.ones(16, 16, dtype=torch.bool).tril(-1)  # the first sees nothing
+
+        def way(self, q, k, v):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+
+        torch.manual_seed(0)
+        images = torch.randn(2, 3, 32, 32)
+        model = Attention(way)
+        student = copy.deepcopy(model)
+        quantize_model(student, QuantizationConfig(attention_bits=8), images)
+        calibrate_model(student, [images], disable_progress=True)
+        q, k, v = torch.randn(3, 2, 16, 8).unbind()
+        with torch.no_grad():
+            assert (student.inner(q, k, v)[:, 0] == 0).all()
+
 
 def vit(implementation):
     torch.manual_seed(0)
@@ -159,6 +226,25 @@ class TestModels:
                 output = student(IMAGES)
             logits.append(output if isinstance(output, torch.Tensor) else output.logits)
         assert 0 < (logits[1] - logits[0]).norm() / logits[0].norm() < 0.05
+
+
+def test_another_attention_than_was_quantized_is_an_error():
+    student, _ = student_of(vit("sdpa"), attention_bits=8)
+    student.set_attn_implementation("flex_attention")
+    message = "was quantized, but now computes attention by a function that can't be"
+    with torch.no_grad(), pytest.raises(InputError, match=message):
+        student(IMAGES)
+
+
+def test_many_watched_modules_share_the_compiled_kernels():
+    from sqakd_hf import functional
+
+    images = torch.randn(32, 3, 32, 32)
+    for seed in range(10):
+        torch.manual_seed(seed)
+        student, _ = student_of(timm.create_model("test_vit", img_size=32, patch_size=4), images, attention_bits=8)
+        student(images).sum().backward()
+    assert functional._compiler_failures == []
 
 
 class Bypass(nn.Module):

@@ -19,6 +19,7 @@ from sqakd_hf.layers import (
     QuantizedLinear,
     quantized_class,
     register_quantized_layer,
+    weight_of,
 )
 
 
@@ -433,3 +434,67 @@ class TestEmbedding:
         out.sum().backward()
         touched = table.weight.grad.abs().sum(1) > 0
         assert not touched[[1, 3, 4, 5, 6, 7]].any() and not touched[2]  # as nn.Embedding: no gradient to padding
+
+
+class Builds(nn.Conv2d):
+    """Another way to build a convolution, and nothing else."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 1)
+
+    def extra_repr(self):
+        return "built"
+
+
+class Offers(nn.Conv2d):
+    def spectrum(self):
+        return self.weight.flatten(1).norm(dim=1)
+
+
+class Prepares(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 2))
+
+    def prepare(self, x):
+        return x
+
+    def forward(self, x):
+        return self.prepare(x) @ self.weight
+
+
+class PreparesOtherwise(Prepares):
+    def prepare(self, x):
+        return x.square()
+
+
+def test_subclasses_that_compute_or_offer_more_have_no_quantized_form():
+    register_quantized_layer(Prepares)(type("QuantizedPrepares", (QuantizedLayer, Prepares), {}))
+    try:
+        assert quantized_class(Prepares()) is not None
+        assert quantized_class(PreparesOtherwise()) is None
+    finally:
+        layers_module._FLOAT_CLASS.pop(layers_module._REGISTRY.pop(Prepares))
+    assert quantized_class(Builds(2)) is quantized_class(nn.Conv2d(2, 2, 1))
+    assert quantized_class(Offers(2, 2, 1)) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "has_one"),
+    [
+        (nn.Linear(4, 1), True),
+        (nn.LayerNorm(4), False),
+        (nn.LSTM(4, 4), False),
+        (nn.LazyLinear(4), False),
+        (nn.MultiheadAttention(4, 2), True),
+        (nn.MultiheadAttention(4, 2, kdim=3), False),
+    ],
+)
+def test_what_holds_a_weight(module, has_one):
+    assert (weight_of(module) is not None) == has_one
+
+
+def test_a_vector_in_four_dimensions_is_no_weight():
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.ones(1, 1, 1, 7))
+    assert weight_of(module) is None

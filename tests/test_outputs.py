@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -125,9 +127,10 @@ class TestPrediction:
     def test_hits_of_a_label_map_are_counted_at_its_size_without_ignored_pixels(self):
         logits = torch.zeros(2, 3, 2, 2)
         logits[:, 1] = 1.0  # class 1 everywhere
-        labels = torch.tensor([[[1, 1, 0, 255]] * 4, [[255] * 4] * 4])
+        labels = torch.tensor([[[1, 1, 0, 255]] * 4, [[255, -100, -1, 255]] * 4])
         # Two thirds of the first map's labelled pixels; the second has none.
-        assert Prediction(logits).hits(labels).tolist() == pytest.approx([2 / 3, 0.0])
+        share, counts = Prediction(logits).hits(labels)
+        assert share[0].item() == pytest.approx(2 / 3) and counts.tolist() == [True, False]
 
     def test_labels_of_another_kind_are_not_compared(self):
         assert Prediction(torch.zeros(2, 5, 3)).hits(torch.tensor([1, 2])) is None
@@ -140,3 +143,26 @@ class TestPrediction:
         assert Prediction(torch.zeros(1, 3)).mask_of({}) is None
         with pytest.raises(InputError, match=r"valid_mask must be \(1,\) for these logits"):
             Prediction(torch.zeros(1, 3)).mask_of({"valid_mask": mask})
+        with pytest.raises(InputError, match=r"valid_mask must be \(1, 2, 2\) for these logits, got \(1, 1, 4, 4\)"):
+            Prediction(torch.zeros(1, 3, 2, 2)).mask_of({"valid_mask": mask[None]})
+
+
+class Detector(Answers):
+    """A detector of two classes whose logits have `classes` columns."""
+
+    def __init__(self, classes):
+        super().__init__(lambda logits: {"logits": logits[:, None, :classes], "pred_boxes": logits[:, None]})
+        self.config = SimpleNamespace(num_labels=2)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, Wrapper, Compiled])
+def test_detectors_need_a_class_for_no_object(wrap):
+    inputs = {"pixel_values": randn(2, 4, 3, 3)}
+    assert predict(wrap(Detector(3)), inputs).boxes.shape == (2, 1, 4)
+    with pytest.raises(InputError, match="Detector predicts each class by a sigmoid of its own"):
+        predict(wrap(Detector(2)), inputs)
+
+
+def test_a_model_with_one_output_is_not_asked_for_its_name():
+    inputs = {"pixel_values": randn(2, 4, 3, 3)}
+    assert torch.equal(predict(Answers(lambda x: x), inputs, field="1").logits, inputs["pixel_values"].mean((2, 3)))

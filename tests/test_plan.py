@@ -7,7 +7,16 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from sqakd_hf import InputError, LayerPlan, QuantizationConfig, QuantizationPlan, plan_quantization, quantize_model
+from sqakd_hf import (
+    InputError,
+    LayerPlan,
+    QuantizationConfig,
+    QuantizationPlan,
+    build_model,
+    calibrate_model,
+    plan_quantization,
+    quantize_model,
+)
 
 
 def fingerprint(model):
@@ -250,10 +259,16 @@ class TestSkipped:
     def test_a_reparametrized_layer_is_refused_unless_the_caller_lists_it(self, wrap):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 4), wrap(nn.Linear(4, 4)), nn.Linear(4, 4))
-        with pytest.raises(InputError, match="The weight of '1' is computed by a parametrization or by pruning"):
+        with pytest.raises(InputError, match="A parameter of '1' is computed by a parametrization or by pruning"):
             quantize_model(model, QuantizationConfig())
         plan = plan_quantization(model, QuantizationConfig(modules_to_not_convert=["1"]))
         assert [layer.skipped is None for layer in plan] == [True, False, True]
+
+    def test_so_is_one_whose_bias_alone_is(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        nn.utils.parametrize.register_parametrization(model[1], "bias", nn.Identity())
+        with pytest.raises(InputError, match="A parameter of '1' is computed by a parametrization"):
+            quantize_model(model)
 
 
 class TestErrors:
@@ -336,8 +351,8 @@ class TestSizes:
         assert plan_quantization(conv_net, QuantizationConfig(activation_bits=None)).bits() == "W2Afloat"
         few = QuantizationConfig(modules_to_not_convert=["body"], overrides={"head": {"weight_bits": 4}})
         assert plan_quantization(conv_net, few).bits() == "W8A8"
-        everything = QuantizationConfig(modules_to_not_convert=["*"])
-        assert plan_quantization(conv_net, everything).bits() == "float"
+        with pytest.raises(InputError, match="Nothing of TinyConvNet would be quantized: 4 layers stay in float, mo"):
+            plan_quantization(conv_net, QuantizationConfig(modules_to_not_convert=["*"]))
 
 
 class TestModelsThatNoPlanIsMadeFor:
@@ -465,3 +480,108 @@ class TestText:
         assert QuantizationPlan(tuple(LayerPlan(**layer) for layer in data["layers"])) == plan
         data = data["layers"]
         assert data[1]["quantizer"] == "ewgs" and data[3]["skipped"] == "listed in modules_to_not_convert"
+
+
+class Recurrent(nn.Module):
+    """Matrices without a layer: an LSTM, a bare parameter, an attention with three in-projections."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 8, 8), nn.Linear(8, 4)
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+        self.mixer = Mixer()
+        self.cross = nn.MultiheadAttention(8, 2, kdim=6, vdim=6, batch_first=True)
+
+    def forward(self, x):
+        x, _ = self.lstm(self.stem(x).flatten(2).transpose(1, 2))
+        x = self.mixer(x)
+        return self.head(self.cross(x, x[..., :6], x[..., :6])[0].mean(1))
+
+
+class Mixer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        return x @ self.mix.t()
+
+
+class TestOtherMatrices:
+    def test_are_counted_with_the_reason(self):
+        plan = plan_quantization(Recurrent(), QuantizationConfig(), torch.randn(1, 3, 32, 32))
+        found = {line.name: (line.layer_type, line.num_weights, line.macs, line.skipped) for line in plan.others}
+        # 16 tokens; an LSTM has four gates, each with a matrix for the input and one for the state.
+        assert found["lstm"] == ("LSTM", 2 * 4 * 64, 16 * 2 * 4 * 64, "LSTM multiplies by matrices of its own")
+        assert found["mixer"] == ("Mixer", 64, 16 * 64, "Mixer multiplies by matrices of its own")
+        assert found["cross"][:2] == ("MultiheadAttention", 64 + 48 + 48)
+        coverage = plan.coverage()
+        assert coverage.quantized_weights < coverage.weights and coverage.quantized_macs < coverage.macs
+        assert coverage.weights == sum(line.num_weights for line in (*plan.layers, *plan.others))
+        assert "LSTM multiplies by matrices of its own" in str(plan)
+
+    def test_are_no_surprise_where_the_caller_lists_them(self, caplog):
+        config = QuantizationConfig(modules_to_not_convert=["lstm", "mixer", "cross"])
+        quantize_model(Recurrent(), config, torch.randn(1, 3, 32, 32))
+        assert "Left in float" not in caplog.text
+
+    def test_tables_that_are_added_are_none(self):
+        model = timm.create_model("test_vit", img_size=32, patch_size=8)
+        assert plan_quantization(model, QuantizationConfig()).others == ()
+
+    def test_survive_a_saved_table(self, tmp_path):
+        torch.manual_seed(0)
+        model = build_model("timm/sequencer2d_s", 4, image_size=32, model_args={"layers": (1, 1, 1, 1)})
+        quantize_model(model)
+        others = model.quantization_plan.others
+        assert others and {line.layer_type for line in others} == {"LSTM"}
+        calibrate_model(model, [torch.randn(4, 3, 32, 32)], disable_progress=True)
+        model.save_pretrained(tmp_path)
+        assert type(model).from_pretrained(tmp_path).quantization_plan.others == others
+
+
+class TestOverridesOfAttention:
+    def test_leave_layers_as_they_were(self, vit):
+        alone = plan_quantization(vit, QuantizationConfig(first_last_bits=None))
+        both = plan_quantization(vit, QuantizationConfig(first_last_bits=None, overrides={"*": {"attention_bits": 8}}))
+        assert both.layers == alone.layers
+        assert all(line.activation_bits == 8 for line in both.attention)
+
+    def test_must_reach_an_attention(self, vit):
+        config = QuantizationConfig(overrides={"classifier": {"attention_bits": 8}})
+        with pytest.raises(InputError, match="overrides with attention_bits: the pattern 'classifier' matches no"):
+            plan_quantization(vit, config)
+
+
+class TestPartsThatNoPlanIsMadeFor:
+    @pytest.mark.parametrize(
+        ("prepare", "message"),
+        [
+            (lambda model: model.compile(), "The model is compiled already"),
+            (lambda model: model[1].compile(), "Its part '1' is compiled already"),
+            (lambda model: model.append(torch.jit.script(nn.Linear(4, 4))), "Its part '2' is scripted or traced"),
+            (lambda model: model.append(nn.LazyLinear(4)), "Its part '2' has parameters of no size yet"),
+        ],
+    )
+    @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+    def test_are_named(self, prepare, message):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        prepare(model)
+        with pytest.raises(InputError, match=message):
+            quantize_model(model)
+
+
+class TestExampleImages:
+    def test_of_a_size_that_the_model_does_not_take(self, vit):
+        with pytest.raises(InputError, match="ViTForImageClassification does not run on the example images"):
+            plan_quantization(vit, QuantizationConfig(), torch.randn(1, 3, 7, 7))
+        with pytest.raises(InputError, match=r"images must be a tensor \(B, C, H, W\), got list"):
+            plan_quantization(vit, QuantizationConfig(), [torch.randn(3, 7, 7)])
+
+    @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+    def test_are_cast_to_the_models_dtype(self, name):
+        plans = [
+            plan_quantization(timm.create_model(name).to(dtype), QuantizationConfig())
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
+        assert plans[0] == plans[1] and plans[1].coverage().macs > 0

@@ -86,3 +86,14 @@ def test_works_without_memory():
     with torch.device("meta"):
         model = timm.create_model("resnet18")
     assert sum(trace(model).macs.values()) == 1_814_073_344
+
+
+def test_caches_of_eval_mode_and_the_callers_images_are_left_alone():
+    torch.manual_seed(0)
+    model, other = (timm.create_model("levit_128s").eval() for _ in range(2))
+    images = torch.randn(1, 3, 224, 224)
+    trace(model, images)
+    assert not vars(images)
+    model.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model(images), other(images))

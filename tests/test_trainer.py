@@ -431,6 +431,21 @@ class TestDenseHeads:
         # The trainer's float32 log-probabilities of about 1.4 resolve 1e-7, times T² = 16.
         assert loss.item() == pytest.approx(divergence.mean().item(), rel=1e-4, abs=16e-7)
 
+    def test_images_without_a_valid_pixel_count_for_nothing(self, tmp_path):
+        student, teacher = models(Segmenter)
+        some, all_of_them = self.Maps(), self.Maps()
+        some.valid[:] = True
+        some.valid[:6] = False
+        some.labels[:6] = 255
+        trainer = SQAKDTrainer(student, teacher, arguments(tmp_path), some, some)
+        trainer.calibrate()
+        found = trainer.evaluate()
+        rest = torch.utils.data.Subset(all_of_them, range(6, 12))
+        all_of_them.valid[:] = True
+        expected = trainer.evaluate(rest)
+        for key in ("eval_loss", "eval_agreement", "eval_accuracy"):
+            assert found[key] == pytest.approx(expected[key], rel=1e-6)
+
     def test_a_detector_learns_classes_and_boxes(self, tmp_path):
         student, teacher = models(Detector)
         trainer = SQAKDTrainer(student, teacher, arguments(tmp_path, num_train_epochs=20), Images(), Images())
