@@ -18,7 +18,7 @@ from transformers.utils import PushInProgress
 from .card import model_card
 from .checkpoint import STATE_FILE, is_complete, last_checkpoint
 from .collator import ImageCollator
-from .convert import calibrate_model, is_calibrated, quantized_layers, quantizers
+from .convert import calibrate_model, is_calibrated, quantized_layers, quantizers, record_signedness
 from .errors import InputError
 from .hub import hub_id
 from .losses import box_loss, check_same_classes, distillation_loss, masked_mean, mean_teacher_logits
@@ -157,7 +157,8 @@ class SQAKDTrainer(Trainer):
     def calibrate(self) -> None:
         """Set the student's ranges by [`calibrate_model`], from the first `args.calibration_images` training images.
 
-        Every process reads the same images, so that all hold the same ranges.
+        Every process reads the same images and takes the ranges of the first, which differ where images are augmented
+        at random.
         """
         if self.train_dataset is None:
             raise InputError("Calibration needs images: pass train_dataset, or call calibrate_model yourself.")
@@ -165,7 +166,20 @@ class SQAKDTrainer(Trainer):
         calibrate_model(
             self.model, list(self._calibration_batches()), disable_progress=not self.is_world_process_zero()
         )
+        self._follow_first_process()
         self._calibrated = True
+
+    @torch.no_grad()
+    def _follow_first_process(self) -> None:
+        """Give every process the first one's ranges and buffers: DDP evens them only as a training forward begins."""
+        if self.args.world_size == 1:
+            return
+        own = [tensor for quantizer in quantizers(self.model) for tensor in quantizer.range_tensors().values()]
+        for tensor in {id(tensor): tensor for tensor in (*own, *self.model.buffers())}.values():
+            torch.distributed.broadcast(tensor.data, src=0)
+        for quantizer in quantizers(self.model):
+            quantizer.refresh()
+        record_signedness(self.model)
 
     def _calibration_batches(self) -> Iterator[torch.Tensor]:
         dataset, total = self.train_dataset, self.args.calibration_images
@@ -256,10 +270,11 @@ class SQAKDTrainer(Trainer):
         """Run Trainer's loop and replace its loss by exact means over the images; labels are optional."""
         if not is_calibrated(self.model):
             raise InputError("The student has no ranges yet. Call trainer.calibrate() or trainer.train() first.")
+        self._follow_first_process()  # BatchNorm's statistics are those of each process's own images
         self._evaluated = {}
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         images = output.num_samples
-        means = {name: mean.pop() for name, mean in self._evaluated.items()}
+        means = {name: mean.pop() for name, mean in self._evaluated.items() if mean}
         teacher_accuracy = means.pop("teacher_accuracy", None)
         output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
         if means:
@@ -286,14 +301,14 @@ class SQAKDTrainer(Trainer):
         student, teacher = self._predict(model, inputs), self.teacher_prediction(inputs)
         mask = student.mask_of(inputs)
         loss = self._loss(student, teacher, mask, reduction="none")
-        values = {"loss": loss, "agreement": _agreement(student, teacher, mask)}
+        counts = torch.ones_like(loss, dtype=torch.bool) if mask is None else mask.flatten(1).any(1)
+        values = {"loss": (loss, counts), "agreement": (_agreement(student, teacher, mask), counts)}
         if labels is not None and (hits := student.hits(labels)) is not None:
-            values["accuracy"] = hits.float()
-            values["teacher_accuracy"] = teacher.hits(labels).float()
-        for name, value in values.items():
+            values["accuracy"], values["teacher_accuracy"] = hits, teacher.hits(labels)
+        for name, (value, counts) in values.items():
             # Drops the images that fill up the last batch of a distributed loader.
-            gathered = self.accelerator.gather_for_metrics(value)
-            self._evaluated.setdefault(name, _RunningMean()).add(gathered.double().sum(), gathered.numel())
+            value, counts = self.accelerator.gather_for_metrics((value.double(), counts))
+            self._evaluated.setdefault(name, _RunningMean()).add((value * counts).sum(), counts.sum())
         if prediction_loss_only:
             return loss.mean(), None, None
         return loss.mean(), student.logits, labels
@@ -304,6 +319,7 @@ class SQAKDTrainer(Trainer):
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         if self.args.should_save and os.path.exists(state := os.path.join(folder, STATE_FILE)):
             os.remove(state)  # written last: a checkpoint that is being written again is not complete
+        self._follow_first_process()
         self._format = "latent"
         try:
             super()._save_checkpoint(model, trial)
@@ -434,16 +450,16 @@ class _RunningMean:
 
     def __init__(self) -> None:
         self.total: torch.Tensor | float = 0.0
-        self.count = 0
+        self.count: torch.Tensor | int = 0
 
     def __bool__(self) -> bool:
-        return self.count > 0
+        return bool(self.count > 0)
 
-    def add(self, value: torch.Tensor, count: int = 1) -> None:
+    def add(self, value: torch.Tensor, count: torch.Tensor | int = 1) -> None:
         self.total = self.total + value.detach()
         self.count += count
 
     def pop(self) -> float:
-        mean = float(self.total) / self.count
+        mean = float(self.total) / int(self.count)
         self.total, self.count = 0.0, 0
         return mean

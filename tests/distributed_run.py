@@ -1,0 +1,71 @@
+"""Train a few steps, in one process or under torchrun, and leave what each process holds: test_distributed.py runs it.
+
+torchrun --nproc_per_node 2 -m tests.distributed_run FOLDER '{"model": "vit", "batch": 4, "accumulation": 1}'
+"""
+
+import copy
+import json
+import os
+import sys
+
+import torch
+
+from sqakd_hf import QuantizationConfig, SQAKDTrainer, SQAKDTrainingArguments, quantize_model
+from tests.conftest import IMAGE_SIZE, TinyConvNet, tiny_vit
+
+
+RANK = int(os.environ.get("RANK", 0))
+
+
+class Images(torch.utils.data.Dataset):
+    """Seeded noise; with `augmented`, other noise in every process, as a random augmentation gives."""
+
+    def __init__(self, count: int, augmented: bool = False):
+        self.pixels = torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(3))
+        if augmented:
+            self.pixels = (self.pixels + RANK).abs() if RANK else self.pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self.pixels[index], "label": index % 4}
+
+
+def main() -> None:
+    folder, options = sys.argv[1], json.loads(sys.argv[2])
+    torch.manual_seed(0)
+    teacher = tiny_vit() if options["model"] == "vit" else TinyConvNet()
+    student = copy.deepcopy(teacher)
+    quantize_model(student, QuantizationConfig(weight_bits=4, activation_bits=4))
+    args = SQAKDTrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=options["batch"],
+        gradient_accumulation_steps=options["accumulation"],
+        per_device_eval_batch_size=4,
+        max_steps=options["steps"],
+        learning_rate=0.05,
+        quantizer_learning_rate=0.05,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        logging_steps=1,
+        calibration_images=16,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=7,
+    )
+    images = Images(160, augmented=options.get("augmented", False))
+    trainer = SQAKDTrainer(student, teacher, args, train_dataset=images, eval_dataset=Images(17))
+    trainer.calibrate()
+    left = {"calibrated": {name: value.clone() for name, value in student.state_dict().items()}}
+    trainer.train()
+    left["metrics"] = trainer.evaluate()
+    left["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    left["state"] = student.state_dict()
+    torch.save(left, f"{folder}/rank{RANK}.pt")
+
+
+if __name__ == "__main__":
+    main()
