@@ -114,6 +114,10 @@ TRANSFORMERS = {
 }
 
 
+# A family without a small member: fewer blocks of it.
+SHALLOW = {"deepseek_vit_412m": {"depth": 2}}
+
+
 def timm_families() -> dict[str, list[str]]:
     """Return timm's module families and their members."""
     families = {module: timm.list_models(module=module) for module in timm.list_modules()}
@@ -150,7 +154,7 @@ def photographs(channels: int, size: int, count: int = 8) -> torch.Tensor:
 
 
 def build(name: str) -> tuple[nn.Module, torch.Tensor]:
-    """Return a model of ten classes with random weights, and eight images of the smallest size it accepts."""
+    """Return a model of ten classes with random weights, and a few images of the smallest size it accepts."""
     torch.manual_seed(0)
     if name in TRANSFORMERS:
         model_class = getattr(transformers, name)
@@ -170,8 +174,8 @@ def build(name: str) -> tuple[nn.Module, torch.Tensor]:
         if size > native:
             continue
         try:
-            model = build_model(f"timm/{name}", 10, image_size=size)
-            images = photographs(model.config.pretrained_cfg["input_size"][0], size)
+            model = build_model(f"timm/{name}", 10, image_size=size, model_args=SHALLOW.get(name))
+            images = photographs(model.config.pretrained_cfg["input_size"][0], size, 8 if size < 160 else 4)
             with torch.no_grad():
                 reseeded(model).train()(images)
                 logits = model.eval()(images[:2]).logits
@@ -262,6 +266,7 @@ def examine(name: str) -> dict[str, object]:
         "layers": f"{coverage.quantized_layers}/{coverage.layers}",
         "weights": coverage.quantized_weights / max(coverage.weights, 1),
         "macs": coverage.quantized_macs / coverage.macs if coverage.macs else None,
+        "layer_macs": coverage.quantized_macs / max(sum(line.macs or 0 for line in plan.layers), 1),
         "error": error,
         "yardstick": yardstick,
         "exact": exact,
@@ -317,7 +322,7 @@ def main() -> None:
 def table(rows: list[dict[str, object]]) -> str:
     """Return COVERAGE.md."""
     done = [row for row in rows if "failed" not in row]
-    covered = [row for row in done if (row["macs"] or 0) >= 0.99]
+    covered = [row for row in done if row["layer_macs"] >= 0.99]
     lines = [
         "# Coverage",
         "",
@@ -329,8 +334,9 @@ def table(rows: list[dict[str, object]]) -> str:
         "far a random network carries any rounding.",
         "",
         f"{len(rows)} models, {len(done)} went through; the packed reload is exact in "
-        f"{sum(bool(row['exact']) for row in done)}; at least 99 % of the multiply-accumulates of layers with weights "
-        f"are quantized in {len(covered)}.",
+        f"{sum(bool(row['exact']) for row in done)}; at least 99 % of the multiply-accumulates of convolutions and "
+        f"linear layers are quantized in {len(covered)}. Weights and MACs in the table count all matrices that a "
+        "model multiplies activations by.",
         "",
         "| family | model | layers | weights | MACs | logit error | of plain rounding | reload | in float, and why |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -444,7 +444,7 @@ class TestDenseHeads:
         all_of_them.valid[:] = True
         expected = trainer.evaluate(rest)
         for key in ("eval_loss", "eval_agreement", "eval_accuracy"):
-            assert found[key] == pytest.approx(expected[key], rel=1e-6)
+            assert found[key] == pytest.approx(expected[key], rel=1e-4)  # float32 kernels of other batches
 
     def test_a_detector_learns_classes_and_boxes(self, tmp_path):
         student, teacher = models(Detector)
