@@ -270,7 +270,7 @@ class _Watcher(TorchFunctionMode):
                 self.used.setdefault(owner, {})[key] = tensor.numel()
                 matrices, before = self.trace.others.get(owner, (0, 0))
                 self.trace.others[owner] = matrices, before + macs
-            elif owner in self.trace.misused and id(tensor) not in self.owner:
+            elif owner in self.trace.misused and not (func in WEIGHTED and id(tensor) in self.owner):
                 self._add_macs(owner, macs)
 
     def _watch_products(self, func, args: tuple, inputs: list, outputs: list) -> None:
