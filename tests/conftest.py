@@ -37,6 +37,28 @@ class TinyConvNet(nn.Module):
         return self.head(self.body(self.stem(x)).mean((2, 3)))
 
 
+class Wrapper(nn.Module):
+    """Passes its arguments on, as DataParallel and DistributedDataParallel do."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs, **kwargs):
+        return self.module(*inputs, **kwargs)
+
+
+class Compiled(nn.Module):
+    """Holds what it wraps where `torch.compile` does."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._orig_mod = module
+
+    def forward(self, *args, **kwargs):
+        return self._orig_mod(*args, **kwargs)
+
+
 def tiny_vit() -> PreTrainedModel:
     """A native transformers ViT of two blocks, for images `(B, 3, 16, 16)`."""
     return AutoModelForImageClassification.from_config(

@@ -22,6 +22,7 @@ from sqakd_hf import (
 from sqakd_hf import convert as convert_module
 from sqakd_hf import layers as layers_module
 from sqakd_hf.outputs import run_model
+from tests.conftest import Wrapper
 
 
 QUANTIZERS = ["dorefa", "ewgs", "lsq", "lsq+", "pact"]
@@ -66,28 +67,6 @@ def linear_net(*widths, seed=0):
 
 def randn(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Wrapper(nn.Module):
-    """Passes its arguments on, as DataParallel and DistributedDataParallel do."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *inputs, **kwargs):
-        return self.module(*inputs, **kwargs)
-
-
-class Compiled(nn.Module):
-    """Holds what it wraps where `torch.compile` does."""
-
-    def __init__(self, module):
-        super().__init__()
-        self._orig_mod = module
-
-    def forward(self, *args, **kwargs):
-        return self._orig_mod(*args, **kwargs)
 
 
 # --- quantize_model --------------------------------------------------------------------------------------------------

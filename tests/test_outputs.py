@@ -7,32 +7,11 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from sqakd_hf import InputError
 from sqakd_hf.outputs import Prediction, predict
+from tests.conftest import Compiled, Wrapper
 
 
 def randn(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-
-
-class Wrapper(nn.Module):
-    """Passes its arguments on, as DataParallel and DistributedDataParallel do."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *inputs, **kwargs):
-        return self.module(*inputs, **kwargs)
-
-
-class Compiled(nn.Module):
-    """Holds what it wraps where `torch.compile` does."""
-
-    def __init__(self, module):
-        super().__init__()
-        self._orig_mod = module
-
-    def forward(self, *args, **kwargs):
-        return self._orig_mod(*args, **kwargs)
 
 
 class Answers(nn.Module):
