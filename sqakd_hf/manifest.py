@@ -134,7 +134,9 @@ class Manifest:
         parts = [layers]
         for table in (self.attention, self.others):
             named = ((self._name_in(modules, stored_name, prefix), entry) for stored_name, entry in table.items())
-            parts.append([LayerPlan(**{"num_weights": 0, **entry}, name=name) for name, entry in named if name])
+            parts.append(
+                [LayerPlan(**{"num_weights": 0, **entry}, name=name) for name, entry in named if name is not None]
+            )
         order = {name: i for i, name in enumerate(modules)}
         return QuantizationPlan(*(tuple(sorted(part, key=lambda line: order[line.name])) for part in parts))
 

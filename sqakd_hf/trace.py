@@ -147,7 +147,8 @@ class _Watcher(TorchFunctionMode):
             for parameter in module.parameters(recurse=False)
             if parameter.dim() > 1 and id(parameter) not in self.owner
         }
-        self.used: dict[str, dict[int, int]] = {}  # module → its loose matrices by id → elements
+        self.used: dict[str, dict[int, int]] = {}  # module → its loose matrices that were used, by id → elements
+        self.used_macs: dict[str, int] = {}
         self.products: dict[str, list[str]] = {}
         self.within: dict[str, list[str]] = {}  # the same, of the modules inside as well
         self.reached: dict[str, set[str]] = {}
@@ -268,8 +269,7 @@ class _Watcher(TorchFunctionMode):
                 macs = outputs[0].numel() * _contracted(func, args, inputs)
             if owner not in self.layers:
                 self.used.setdefault(owner, {})[key] = tensor.numel()
-                matrices, before = self.trace.others.get(owner, (0, 0))
-                self.trace.others[owner] = matrices, before + macs
+                self.used_macs[owner] = self.used_macs.get(owner, 0) + macs
             elif owner in self.trace.misused and not (func in WEIGHTED and id(tensor) in self.owner):
                 self._add_macs(owner, macs)
 
@@ -316,9 +316,7 @@ class _Watcher(TorchFunctionMode):
         trace.last = set().union(*map(_sources, _tensors(output))) - {_IMAGE}
         for counts in (trace.macs, trace.attention_macs):
             counts.update({name: count // images for name, count in counts.items()})
-        trace.others = {
-            name: (sum(self.used[name].values()), macs // images) for name, (_, macs) in trace.others.items()
-        }
+        trace.others = {name: (sum(used.values()), self.used_macs[name] // images) for name, used in self.used.items()}
         trace.attention = {
             name: self._why_not_attention(name)
             for name, products in self.products.items()

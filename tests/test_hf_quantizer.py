@@ -328,8 +328,9 @@ def test_dequantize_gives_the_float_model_back(tmp_path, build, size):
         assert torch.equal(logits(plain, size), expected)
         plain.save_pretrained(tmp_path / "float")
         assert "quantization_config" not in json.loads((tmp_path / "float" / "config.json").read_text())
-        reloaded = AutoModelForImageClassification.from_pretrained(tmp_path / "float")
-        assert torch.equal(logits(reloaded, size), expected)
+        reloaded = AutoModelForImageClassification.from_pretrained(tmp_path / "float").state_dict()
+        # Not the logits: float weights stay mapped to their file, at odd addresses, where kernels sum in other orders.
+        assert all(torch.equal(reloaded[name], tensor) for name, tensor in plain.state_dict().items())
         if build is timm_resnet:
             assert torch.equal(
                 plain.timm_model(torch.zeros(1, 3, size, size)), plain(torch.zeros(1, 3, size, size)).logits
