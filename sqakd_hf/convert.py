@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -213,7 +213,7 @@ def calibrate_model(
     batches = list(batches) if isinstance(batches, Iterator) else batches
     batch_norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     by_batch = batch_norms if any(quantizer.bits <= FEW_BITS for quantizer in quantizers(model)) else []
-    bar = tqdm(desc="Calibrating", unit="batch", disable=disable_progress, leave=False)
+    needs_two = bool(by_batch or (reestimate_batch_norm and batch_norms))
     try:
         with evaluating(model):
             for name, layer in tqdm(layers.items(), "Weights", unit="layer", disable=disable_progress, leave=False):
@@ -221,49 +221,54 @@ def calibrate_model(
                 weight = layer.float_weight()
                 _require_finite(weight, f"the weight of layer {name!r}")
                 layer.weight_quantizer.init_range(weight)
-            calibrators = [
-                _RangeAverage(_what(model, name), module)
-                for name, module in model.named_modules()
-                if isinstance(module, FakeQuantizer) and module.role == "activation"
-            ]
-            reached: set[nn.Module] = set()
-            with contextlib.ExitStack() as stack:
-                for calibrator in calibrators:
-                    stack.enter_context(calibrator)
-                for layer in layers.values():
-                    # Not the layer itself: its parent may compute with its weight, see interception.py.
-                    handle = layer.weight_quantizer.register_forward_pre_hook(lambda each, _: reached.add(each))
-                    stack.callback(handle.remove)
-                for name, layer in layers.items():
-                    if layer.input_quantizer is None and layer.takes_activations:
-                        handle = layer.register_forward_pre_hook(_FiniteInput(name), with_kwargs=True)
-                        stack.callback(handle.remove)
-                stack.enter_context(_batch_statistics(by_batch, keep_running=True))
-                _feed(model, batches, bar, needs_two=bool(by_batch or (reestimate_batch_norm and batch_norms)))
-            missed = [name for name, layer in layers.items() if layer.weight_quantizer not in reached]
-            missed += [calibrator.what for calibrator in calibrators if not calibrator.averaged and not missed]
-            if missed:
-                raise InputError(
-                    f"Calibration never reached {', '.join(missed[:8])}{', ...' * (len(missed) > 8)}: the model "
-                    "computes without calling these layers, or only uses them in training. List them in "
-                    "modules_to_not_convert."
-                )
-            if reestimate_batch_norm:
-                with _batch_statistics(batch_norms, keep_running=False):
-                    _feed(model, batches, bar, needs_two=bool(batch_norms))
+            with tqdm(desc="Calibrating", unit="batch", disable=disable_progress, leave=False) as bar:
+                with _batch_statistics(by_batch, keep_running=True):
+                    constant = _set_activation_ranges(model, layers, lambda: _feed(model, batches, bar, needs_two))
+                if reestimate_batch_norm:
+                    with _batch_statistics(batch_norms, keep_running=False):
+                        _feed(model, batches, bar, needs_two)
     except BaseException:
         for module in quantizers(model):
             module.reset()
         raise
-    finally:
-        bar.close()
     record_signedness(model)
-    constant = [calibrator.what for calibrator in calibrators if calibrator.constant]
     if constant:
         logger.warning(
             "Constant during calibration, from dead units or data unlike the training data: %s.",
             ", ".join(constant),
         )
+
+
+def _set_activation_ranges(
+    model: nn.Module, layers: Mapping[str, QuantizedLayer], feed: Callable[[], None]
+) -> list[str]:
+    """Set the range of each activation quantizer while `feed` runs the model; return what never changed."""
+    calibrators = [
+        _RangeAverage(_what(model, name), module)
+        for name, module in model.named_modules()
+        if isinstance(module, FakeQuantizer) and module.role == "activation"
+    ]
+    reached: set[nn.Module] = set()
+    with contextlib.ExitStack() as stack:
+        for calibrator in calibrators:
+            stack.enter_context(calibrator)
+        for layer in layers.values():
+            # Not the layer itself: its parent may compute with its weight, see interception.py.
+            handle = layer.weight_quantizer.register_forward_pre_hook(lambda module, _: reached.add(module))
+            stack.callback(handle.remove)
+        for name, layer in layers.items():
+            if layer.input_quantizer is None and layer.takes_activations:
+                handle = layer.register_forward_pre_hook(_FiniteInput(name), with_kwargs=True)
+                stack.callback(handle.remove)
+        feed()
+    missed = [name for name, layer in layers.items() if layer.weight_quantizer not in reached]
+    missed += [calibrator.what for calibrator in calibrators if not calibrator.averaged and not missed]
+    if missed:
+        raise InputError(
+            f"Calibration never reached {', '.join(missed[:8])}{', ...' * (len(missed) > 8)}: the model computes "
+            "without calling these layers, or only uses them in training. List them in modules_to_not_convert."
+        )
+    return [calibrator.what for calibrator in calibrators if calibrator.constant]
 
 
 def _what(model: nn.Module, quantizer: str) -> str:

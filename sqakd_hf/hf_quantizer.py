@@ -115,6 +115,10 @@ class SQAKDHfQuantizer(HfQuantizer):
             elif manifest.format == "packed":
                 self._packed[name] = shape, layer.stored_weight.dtype
                 _hold_place_of_weight(layer)
+        if self._packed:
+            # Models initialise what is missing, and buffers, by the shapes and dtypes of weights: not while those are
+            # codes, but once they are unpacked.
+            model.initialize_weights = _nothing
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         _refuse_offload(getattr(model, "hf_device_map", None))
@@ -151,10 +155,9 @@ class SQAKDHfQuantizer(HfQuantizer):
             if not getattr(layers[name].stored_weight, "_is_hf_initialized", False):
                 raise InputError(f"{model.config._name_or_path}: the files lack the packed weight of {name!r}.")
             _unpack(layers[name], shape, dtype)
-        for module in model.modules() if self._packed else ():
-            # transformers calls this while weights are still codes, and timm takes the dtype from the weight.
-            if hasattr(module, "init_non_persistent_buffers"):
-                module.init_non_persistent_buffers()
+        if self._packed:
+            del model.initialize_weights
+            model.initialize_weights()
         for name, parameter in model.named_parameters():
             shape, dtype = self._expected.get(name, (parameter.shape, parameter.dtype))
             if parameter.shape != shape:
@@ -296,6 +299,10 @@ def _yes() -> bool:
     return True
 
 
+def _nothing() -> None:
+    """Stand in for `initialize_weights` for a while."""
+
+
 def _refuse_offload(device_map: Any) -> None:
     """Raise `InputError` for a resolved device map that offloads."""
     places = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else set()
@@ -312,8 +319,6 @@ def _hold_place_of_weight(layer: QuantizedLayer) -> None:
     placeholder = torch.empty(rows * row_bytes, dtype=torch.uint8, device=layer.stored_weight.device)
     del layer._parameters[layer.weight_name]
     layer.register_buffer(layer.weight_name, placeholder)
-    # Codes can't be initialised: keep transformers from trying.
-    layer._is_hf_initialized = True
 
 
 def _unpack(layer: QuantizedLayer, shape: torch.Size, dtype: torch.dtype) -> None:
@@ -321,6 +326,7 @@ def _unpack(layer: QuantizedLayer, shape: torch.Size, dtype: torch.dtype) -> Non
     rows, row_bytes = packed_shape(shape, layer.channel_axis, bits)
     codes = unpack_bits(layer.stored_weight.view(rows, row_bytes), bits, shape.numel() // rows)
     layer.set_weight_codes(codes, shape, dtype)
+    layer.stored_weight._is_hf_initialized = True
 
 
 def _gathered_codes(plan: LayerPlan, layer: QuantizedLayer, state_dict: dict[str, torch.Tensor]) -> torch.Tensor:

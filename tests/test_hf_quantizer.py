@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForImageClassification, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    SwinConfig,
+    pipeline,
+)
 
 from sqakd_hf import (
     InputError,
@@ -335,6 +342,41 @@ def test_dequantize_gives_the_float_model_back(tmp_path, build, size):
             assert torch.equal(
                 plain.timm_model(torch.zeros(1, 3, size, size)), plain(torch.zeros(1, 3, size, size)).logits
             )
+
+
+def test_a_model_that_initialises_by_the_shapes_of_weights_inside_it(tmp_path):
+    torch.manual_seed(0)
+    backbone = SwinConfig(
+        image_size=32,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 1, 1],
+        window_size=2,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    config = Mask2FormerConfig(
+        backbone_config=backbone,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=16,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        dim_feedforward=16,
+        num_queries=5,
+        num_labels=CLASSES,
+    )
+    model = Mask2FormerForUniversalSegmentation(config)
+    images = torch.randn(2, 3, 32, 32)
+    quantize_model(model, QuantizationConfig(weight_bits=3), images)
+    calibrate_model(model, [images], disable_progress=True)
+    model.eval().save_pretrained(tmp_path)
+    reloaded, info = Mask2FormerForUniversalSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        for name in ("class_queries_logits", "masks_queries_logits"):
+            assert torch.equal(reloaded(images)[name], model(images)[name])
 
 
 # --- damage ---
