@@ -1,7 +1,7 @@
 """Walk one small member of every timm family and many transformers classes: what is quantized, what is not, and why.
 
 Each is built with random weights and converted (W8A8, first and last layer too), calibrated, trained for one step,
-packed, reloaded and compared. Run `python benchmarks/coverage.py` to write COVERAGE.md (about 20 minutes);
+packed, reloaded and compared. Run `python benchmarks/coverage.py` to write COVERAGE.md (about 40 minutes);
 `--only NAME ...` prints single ones.
 """
 

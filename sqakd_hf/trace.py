@@ -249,7 +249,8 @@ class _Watcher(TorchFunctionMode):
         if func in WEIGHTED:
             operands = [input_and_weight(args, kwargs)[1]]
         elif func in PRODUCTS or name in _TAKE_MANY:
-            operands = inputs
+            # Query, key and value come first: a learned query is no matrix.
+            operands = inputs[3:] if func is F.multi_head_attention_forward else inputs
         else:
             behind = {self._weight_behind(tensor) for tensor in inputs}
             if len(behind) == 1 and None not in behind:
