@@ -21,6 +21,7 @@ from sqakd_hf import (
     is_calibrated,
     quantize_model,
 )
+from sqakd_hf import trainer as trainer_module
 from tests.conftest import CLASSES, IMAGE_SIZE, TinyConvNet, tiny_vit
 
 
@@ -488,3 +489,28 @@ class TestTeachers:
         other.num_classes = 7
         with pytest.raises(InputError, match="The student has 4 classes but the teacher has 7"):
             SQAKDTrainer(student, [teacher, other], arguments(tmp_path))
+
+
+class TestActivationMemory:
+    def test_low_trains_the_same_bits(self, tmp_path, monkeypatch):
+        entered = []
+
+        class Counted(trainer_module.recompute_quantized):
+            def __enter__(self):
+                entered.append(self)
+                super().__enter__()
+
+        monkeypatch.setattr(trainer_module, "recompute_quantized", Counted)
+        states = {}
+        for memory in ("normal", "low"):
+            student, teacher = models(TinyConvNet)
+            args = arguments(tmp_path, max_steps=3, activation_memory=memory)
+            trainer = SQAKDTrainer(student, teacher, args, train_dataset=Images())
+            trainer.train()
+            states[memory] = student.state_dict()
+            assert len(entered) == (3 if memory == "low" else 0)
+        assert all(torch.equal(states["low"][name], tensor) for name, tensor in states["normal"].items())
+
+    def test_takes_two_values(self, tmp_path):
+        with pytest.raises(InputError, match="activation_memory must be 'normal' or 'low', got 'none'"):
+            arguments(tmp_path, activation_memory="none")
