@@ -53,7 +53,7 @@ def quantize_model(
     plan = plan_quantization(model, config, images)
     apply_plan(model, plan)
     config.record(model)
-    lines = (*plan.layers, *plan.attention)
+    lines = (*plan.layers, *plan.others, *plan.attention)
     left = [f"{line.name} ({line.skipped})" for line in lines if line.skipped not in (None, *ASKED_FOR)]
     if left:
         logger.warning("Left in float: %s.", ", ".join(left))
@@ -355,7 +355,7 @@ def _batch_statistics(batch_norms: list[nn.Module], keep_running: bool) -> Itera
 
 def _feed(model: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, Any]], bar: tqdm, needs_two: bool) -> None:
     empty = True
-    device = next(model.parameters()).device
+    device = device_of(model)
     for batch in batches:
         pixel_values = batch.get("pixel_values") if isinstance(batch, Mapping) else batch
         if not isinstance(pixel_values, torch.Tensor):

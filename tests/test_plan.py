@@ -521,8 +521,11 @@ class TestOtherMatrices:
         assert "LSTM multiplies by matrices of its own" in str(plan)
 
     def test_are_no_surprise_where_the_caller_lists_them(self, caplog):
-        config = QuantizationConfig(modules_to_not_convert=["lstm", "mixer", "cross"])
-        quantize_model(Recurrent(), config, torch.randn(1, 3, 32, 32))
+        images = torch.randn(1, 3, 32, 32)
+        quantize_model(Recurrent(), images=images)
+        assert "mixer (Mixer multiplies by matrices of its own)" in caplog.text
+        caplog.clear()
+        quantize_model(Recurrent(), QuantizationConfig(modules_to_not_convert=["lstm", "mixer", "cross"]), images)
         assert "Left in float" not in caplog.text
 
     def test_tables_that_are_added_are_none(self):
