@@ -109,7 +109,7 @@ def _quantize_layer(layer: nn.Module, plan: LayerPlan) -> QuantizedLayer:
     weight_quantizer = create_weight_quantizer(plan, cls, weight.shape).to(device)
     input_quantizer = None
     if plan.activation_bits is not None:
-        input_quantizer = _activation_quantizer(plan).to(device)
+        input_quantizer = _activation_quantizer(plan).to(device).requires_grad_(plan.learns_input_range)
     return cls.from_float(layer, weight_quantizer, input_quantizer)
 
 

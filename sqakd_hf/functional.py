@@ -155,42 +155,67 @@ def _along(values: torch.Tensor, x: torch.Tensor, channel_axis: int | None) -> t
 
 
 # --- element-wise bodies: eager as they stand, one kernel each when compiled -----------------------------------------
+# In place wherever a tensor is their own: the eager form is bound by the memory that it touches. One division an
+# element: the codes need it, everything else divides by `qmax` after the sums.
 
 
 def _code(x, scale, zero_point, qmax, binary):
     if binary:
         return (x >= (0.5 - zero_point) * scale).to(x.dtype)
-    return torch.round(torch.clamp(x / scale + zero_point, 0, qmax))
+    return _position(x, scale, zero_point, qmax).round_()
+
+
+def _position(x, scale, zero_point, qmax):
+    """Return `x_n` in units of codes, before rounding."""
+    return (x / scale).add_(zero_point).clamp_(0, qmax)
 
 
 def _forward(x, scale, zero_point, qmax, binary):
     wide = x.to(torch.promote_types(x.dtype, scale.dtype))
-    return ((_code(wide, scale, zero_point, qmax, binary) - zero_point) * scale).to(x.dtype)
+    return _code(wide, scale, zero_point, qmax, binary).sub_(zero_point).mul_(scale).to(x.dtype)
 
 
-def _backward(x, grad, lower, upper, scale, zero_point, delta, qmax, binary, clip_only, want_x, want_range):
-    """Return (grad of x or None, grads of lower and of upper before summation over the elements, or None)."""
+def _backward(x, grad, lower, upper, scale, zero_point, slope, qmax, binary, clip_only, want_x, want_range):
+    """Return the gradient of `x` or `None`, and what sums up to those of the range, see [`_range_gradients`].
+
+    `slope` is `delta / qmax`, or `None` for the straight-through estimator.
+    """
     wide = torch.promote_types(x.dtype, scale.dtype)
     x, g = x.to(wide), grad.to(wide)
-    position = torch.clamp(x / scale + zero_point, 0, qmax)  # x_n in units of codes
-    code = _code(x, scale, zero_point, qmax, binary)
-    inside = (x >= lower) & ((x < upper) if clip_only else (x <= upper))
-    kappa = torch.where(inside, 1 + delta * torch.sign(g) * ((position - code) / qmax), 0)
-    grad_x = (g * kappa).to(grad.dtype) if want_x else None
+    outside = ((x >= lower) & ((x < upper) if clip_only else (x <= upper))).logical_not()
+    if slope is None:
+        grad_x = g.masked_fill(outside, 0)
+    if slope is not None or (want_range and not clip_only):
+        position = _position(x, scale, zero_point, qmax)
+        code = _code(x, scale, zero_point, qmax, binary) if binary else position.round()
+    if slope is not None:
+        kappa = (position - code).mul_(torch.sign(g)).mul_(slope).add_(1).masked_fill_(outside, 0)
+        grad_x = g * kappa
     if not want_range:
-        return grad_x, None, None
+        return grad_x.to(grad.dtype), None, None
     if clip_only:
-        return grad_x, torch.where(x < lower, g, 0), torch.where(x >= upper, g, 0)
-    grad_upper = g * ((code - kappa * position) / qmax)
-    return grad_x, g * (1 - kappa) - grad_upper, grad_upper
+        below, above = torch.where(x < lower, g, 0), torch.where(x >= upper, g, 0)
+    else:
+        below = g - grad_x
+        kept = position.masked_fill_(outside, 0) if slope is None else position.mul_(kappa)
+        above = code.sub_(kept).mul_(g)
+    return grad_x.to(grad.dtype) if want_x else None, below, above
 
 
 def _backward_flat(*args):
-    """[`_backward`] on a flat `(n,)` or `(channels, n)` view, the range's gradients summed over the last axis."""
-    grad_x, grad_lower, grad_upper = _backward(*args)
-    if grad_lower is None:
+    """[`_backward`] on a flat `(n,)` or `(channels, n)` view, the range's parts summed over the last axis."""
+    grad_x, below, above = _backward(*args)
+    if below is None:
         return grad_x, None, None
-    return grad_x, grad_lower.sum(-1, keepdim=True), grad_upper.sum(-1, keepdim=True)
+    return grad_x, below.sum(-1, keepdim=True), above.sum(-1, keepdim=True)
+
+
+def _range_gradients(below, above, qmax, clip_only):
+    """Return the gradients of `lower` and of `upper` from the sums that [`_backward`] prepared."""
+    if clip_only:
+        return below, above
+    grad_upper = above / qmax
+    return below - grad_upper, grad_upper
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -215,24 +240,24 @@ class _FakeQuantize(torch.autograd.Function):
         qmax, delta, channel_axis, binary, clip_only = ctx.options
         want_x, want_range = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         flags = (qmax, binary, clip_only, want_x, want_range)
+        # A tensor, not a Python number: one compiled kernel serves every delta.
+        slope = grid[0].new_full((1,), delta / qmax) if delta else None
         if torch.compiler.is_compiling():
+            slope = None if slope is None else _along(slope, x, channel_axis)
             columns = [_along(v, x, channel_axis) for v in grid]
-            grad_x, grad_lower, grad_upper = _backward(x, grad, *columns, delta, *flags)
+            grad_x, below, above = _backward(x, grad, *columns, slope, *flags)
             if want_range:
-                grad_lower, grad_upper = (_sum_along(v, grid[0], channel_axis) for v in (grad_lower, grad_upper))
+                below, above = (_sum_along(v, grid[0], channel_axis) for v in (below, above))
         else:
             flat, rows, like = _flatten(x, channel_axis)
             flat_grad, _, _ = _flatten(grad, channel_axis, like)
-            # A tensor, not a Python number: one compiled kernel serves every delta.
-            delta = grid[0].new_full((1,), delta)
             columns = [_column(v, rows) for v in grid]
-            grad_x, grad_lower, grad_upper = _run(_backward_flat, flat, flat_grad, *columns, delta, *flags)
+            grad_x, below, above = _run(_backward_flat, flat, flat_grad, *columns, slope, *flags)
             grad_x = _unflatten(grad_x, like, x, channel_axis) if want_x else None
             if want_range:
-                grad_lower, grad_upper = (
-                    v.sum().view(1) if grid[0].numel() == 1 else v.flatten() for v in (grad_lower, grad_upper)
-                )
-        return grad_x, grad_lower, grad_upper, None, None, None, None, None, None
+                below, above = (v.flatten() if v.numel() == grid[0].numel() else v.sum(0) for v in (below, above))
+        ranges = _range_gradients(below, above, qmax, clip_only) if want_range else (None, None)
+        return grad_x, *ranges, None, None, None, None, None, None
 
 
 def _sum_along(values: torch.Tensor, like: torch.Tensor, channel_axis: int | None) -> torch.Tensor:

@@ -21,7 +21,7 @@ from .plan import LayerPlan, QuantizationPlan
 FORMATS = ("packed", "latent")
 _ENTRY_FIELDS = {f.name for f in fields(LayerPlan)} - {"name", "num_weights"} | {"weight_shape"}
 # What the first files of this format do not say yet.
-_LATER_FIELDS = {"macs": None, "bypassed": False}
+_LATER_FIELDS = {"macs": None, "bypassed": False, "reads_images": False}
 
 
 @dataclass(frozen=True)

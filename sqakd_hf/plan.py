@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from .configuration import LAYER_FIELDS, QuantizationConfig, check_patterns, matches
 from .errors import InputError
 from .layers import QuantizedLayer, quantized_class, weight_of
+from .quantizers import FEW_BITS
 from .trace import Trace, trace_model
 
 
@@ -31,7 +32,7 @@ class LayerPlan:
     `skipped` holds the reason where the layer stays in float, else it is `None`. `signed_input` is `None` until
     calibration has seen whether the layer's input can be negative; weights are always signed. `macs` are the layer's
     multiply-accumulates for one image, `None` where the model did not run on an example. `bypassed` layers are those
-    whose weight their parent module applies itself.
+    whose weight their parent module applies itself. `reads_images` layers meet the image before any other layer does.
 
     A module that computes attention has a line too: no weights, and in `activation_bits` those of its operands.
     """
@@ -49,6 +50,15 @@ class LayerPlan:
     signed_input: bool | None = None
     macs: int | None = None
     bypassed: bool = False
+    reads_images: bool = False
+
+    @property
+    def learns_input_range(self) -> bool:
+        """Whether the input's range is learned: not where images come in and calibration fitted many codes to them.
+
+        Images do not change while the student learns, and a gradient for them would cost a convolution's backward.
+        """
+        return not (self.reads_images and self.activation_bits > FEW_BITS)
 
 
 @dataclass(frozen=True)
@@ -409,8 +419,12 @@ def _plan_layer(
         options.update(override)
     if not quantized_class(module).takes_activations:
         options["activation_bits"] = None
-    bypassed = trace is not None and name in trace.bypassed
-    return LayerPlan(**base, bypassed=bypassed, **{key: options[key] for key in LAYER_FIELDS})
+    return LayerPlan(
+        **base,
+        bypassed=trace is not None and name in trace.bypassed,
+        reads_images=trace is not None and name in trace.first,
+        **{key: options[key] for key in LAYER_FIELDS},
+    )
 
 
 def _plan_attention(

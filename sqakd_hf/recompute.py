@@ -37,9 +37,10 @@ class recompute_quantized(torch.autograd.graph.saved_tensors_hooks):  # noqa: N8
         # By storage: layers save views of what they were given. Entries live as long as the tensor does.
         self._made: dict[int, tuple[weakref.ref, Callable[[], torch.Tensor]]] = {}
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "recompute_quantized":
         super().__enter__()
         _active.append(self)
+        return self
 
     def __exit__(self, *args: object) -> None:
         _active.remove(self)

@@ -20,7 +20,7 @@ def scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
         >>> x.grad
         tensor([0.5000])
     """
-    return x.detach() + (x - x.detach()) * factor
+    return x.detach().lerp(x, factor)
 
 
 def code_bounds(bits: int, signed: bool) -> tuple[float, float]:

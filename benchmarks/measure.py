@@ -1,0 +1,81 @@
+"""What the benchmarks share: interleaved timing, the bytes a backward keeps, and where it was measured."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from sqakd_hf.recompute import recompute_quantized
+
+
+def interleaved(
+    steps: dict[str, Callable[[], object]], rounds: int, device: str = "cpu", warm_up: int = 3
+) -> dict[str, list[float]]:
+    """Run every step once a round, in turn, and return the seconds of each: what disturbs one round disturbs all.
+
+    The first `warm_up` rounds compile kernels and fill caches, and are not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in tqdm(range(-warm_up, rounds), "Rounds", leave=False):
+        for name, step in steps.items():
+            synchronize(device)
+            start = time.perf_counter()
+            step()
+            synchronize(device)
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def synchronize(device: str) -> None:
+    """Wait for the accelerator, if it is one."""
+    if device != "cpu":
+        torch.accelerator.synchronize()
+
+
+def ratios(seconds: list[float], reference: list[float]) -> tuple[float, float]:
+    """Return the median over the rounds of one step's time by another's, and half the interquartile range of it."""
+    shares = [one / other for one, other in zip(seconds, reference, strict=True)]
+    first, median, third = statistics.quantiles(shares, n=4)
+    return median, (third - first) / 2
+
+
+class SavedBytes(recompute_quantized):
+    """Context of a forward pass that counts what the backward keeps: each storage once, without the parameters.
+
+    With `recompute`, quantized tensors are computed again in the backward, as `activation_memory="low"` does.
+    """
+
+    def __init__(self, model: nn.Module, recompute: bool = False):
+        super().__init__()
+        self.recompute = recompute
+        self._own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        self._kept: dict[int, torch.Tensor] = {}  # held, so that no other tensor takes a place that was counted
+
+    def _pack(self, tensor: torch.Tensor):
+        packed = super()._pack(tensor) if self.recompute else tensor
+        storage = tensor.untyped_storage()
+        if packed is tensor and storage._cdata not in self._own:
+            self._kept[storage._cdata] = tensor
+        return packed
+
+    @property
+    def total(self) -> int:
+        """Bytes kept so far."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._kept.values())
+
+
+def machine(device: str = "cpu") -> str:
+    """Describe what a table was measured on, in one line."""
+    model = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), model)
+    cpu = f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used"
+    where = cpu if device == "cpu" else f"{torch.cuda.get_device_name()} ({cpu})"
+    return f"{where}; Python {platform.python_version()}, torch {torch.__version__}"

@@ -1,0 +1,146 @@
+"""Time and memory of a training step with fake quantization, against the float32 step of the same model and batch.
+
+    pip install brevitas nncf nvidia-modelopt torchao
+    python benchmarks/train_step.py
+
+A step is forward, cross-entropy, backward and SGD, without a teacher (sqakd_step.py has it); every convolution and
+linear layer is quantized, the first and last included. All variants run in one process, one step each in turn, one
+thread; the ratio is the median over the rounds of a variant's step by the float step of the same round. "saved" are
+the bytes that autograd keeps for the backward, parameters apart. Rows of "torch.compile" compare whole compiled
+models, with the compiled float model.
+"""
+
+import argparse
+import contextlib
+import copy
+import logging
+from collections.abc import Callable
+
+import torch
+from measure import SavedBytes, interleaved, machine, ratios
+from peers import build_peers
+from torch import nn
+
+from sqakd_hf import QuantizationConfig, build_model, calibrate_model, quantize_model
+from sqakd_hf.recompute import recompute_quantized
+
+
+FLOAT, COMPILED_FLOAT = "float32", "torch.compile(float32)"
+# Name: architecture, side of the images in pixels, batch.
+NETWORKS = {
+    "ResNet-18 128 px": ("timm/resnet18", 128, 8),
+    "ViT-tiny 96 px": ("timm/vit_tiny_patch16_224", 96, 32),
+    "ResNet-20 32 px": ("timm/resnet20_cifar", 32, 64),
+    "ResNet-50 224 px": ("timm/resnet50", 224, 64),
+    "ViT-S/16 224 px": ("timm/vit_small_patch16_224", 224, 64),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS)[:3], choices=NETWORKS)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--channels_last", action="store_true")
+    parser.add_argument("--no_peers", action="store_true")
+    parser.add_argument("--no_compile", action="store_true", help="leave the rows of whole compiled models out")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    logging.disable(logging.WARNING)
+    print(f"{machine(options.device)}{', bfloat16 autocast' if options.bf16 else ''}", flush=True)
+    for name in options.networks:
+        measure(name, options)
+
+
+def measure(name: str, options: argparse.Namespace) -> None:
+    """Print the table of one network."""
+    architecture, size, batch = NETWORKS[name]
+    torch.manual_seed(0)
+    images = torch.randn(batch, 3, size, size, device=options.device)
+    labels = torch.randint(100, (batch,), device=options.device)
+    model = build_model(architecture, 100, image_size=size).timm_model.to(options.device).train()
+    if options.channels_last:
+        images, model = images.to(memory_format=torch.channels_last), model.to(memory_format=torch.channels_last)
+
+    models, contexts, absent = {FLOAT: model}, {}, []
+    for method, bits in (("lsq", 4), ("ewgs", 4), ("lsq", 8)):
+        models[f"**sqakd_hf, {method} W{bits}A{bits}**"] = student_of(model, images, method, bits)
+    for row, context in {
+        "sqakd_hf, lsq W4A4, activation_memory=low": recompute_quantized,
+        "sqakd_hf, lsq W4A4, without a compiler": without_compiler,
+    }.items():
+        models[row], contexts[row] = student_of(model, images, "lsq", 4), context
+    for bits in () if options.no_peers else (4, 8):
+        peers, missing = build_peers(model, images, bits)
+        # At 8 bits only who has no 4: the cost does not depend on the width.
+        models.update({row: peer for row, peer in peers.items() if bits == 4 or row.startswith("NNCF")})
+        absent += [line for line in missing if bits == 4]
+    if not options.no_compile:
+        models[COMPILED_FLOAT] = torch.compile(copy.deepcopy(model))
+        models["**torch.compile(sqakd_hf, lsq W4A4)**"] = torch.compile(student_of(model, images, "lsq", 4))
+
+    steps = {
+        row: Step(each, images, labels, options.bf16, contexts.get(row, contextlib.nullcontext))
+        for row, each in models.items()
+    }
+    seconds = interleaved(steps, options.rounds, options.device)
+    saved = {row: step.saved() for row, step in steps.items()}
+    unit = sum(seconds[FLOAT]) / options.rounds
+    print(f"\n{name}, batch {batch}: float32 step {1000 * unit:.0f} ms, {saved[FLOAT] / 2**20:.1f} MiB saved\n")
+    print("| variant | time / float | ± | saved / float |\n|---|---|---|---|")
+    for row in models:
+        reference = COMPILED_FLOAT if row.startswith(("torch.compile", "**torch.compile")) else FLOAT
+        median, spread = ratios(seconds[row], seconds[reference])
+        print(f"| {row} | {median:.3f} | {spread:.3f} | {saved[row] / saved[reference]:.2f} |", flush=True)
+    for line in sorted(set(absent)):
+        print(f"\n{line}")
+
+
+def student_of(model: nn.Module, images: torch.Tensor, method: str, bits: int) -> nn.Module:
+    """Return a calibrated student with `bits` for every layer."""
+    student = copy.deepcopy(model)
+    config = QuantizationConfig(quantizer=method, weight_bits=bits, activation_bits=bits)
+    quantize_model(student, config)
+    calibrate_model(student, [images], disable_progress=True)
+    return student.train()
+
+
+def without_compiler() -> contextlib.AbstractContextManager:
+    """Run what torch would compile as it stands, as where no compiler works."""
+    return torch.compiler.set_stance("force_eager")
+
+
+class Step:
+    """A training step of `model` on one batch, and what it keeps for the backward."""
+
+    def __init__(
+        self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, bf16: bool, context: Callable
+    ) -> None:
+        self.model, self.images, self.labels, self.bf16, self.context = model, images, labels, bf16, context
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+
+    def __call__(self) -> None:
+        # Where the compiler is turned off, for the backward too.
+        with self.context() if self.context is without_compiler else contextlib.nullcontext():
+            self.loss(contextlib.nullcontext() if self.context is without_compiler else self.context()).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def loss(self, context: contextlib.AbstractContextManager) -> torch.Tensor:
+        with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.bf16):
+            with context:
+                logits = self.model(self.images)
+            return nn.functional.cross_entropy(logits.float(), self.labels)
+
+    def saved(self) -> int:
+        with SavedBytes(self.model, recompute=self.context is recompute_quantized) as saved:
+            loss = self.loss(contextlib.nullcontext())
+        loss.backward()
+        self.optimizer.zero_grad()
+        return saved.total
+
+
+if __name__ == "__main__":
+    main()
