@@ -8,11 +8,14 @@ selected on the test images. A row whose results exist is not run again: an inte
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "run_sqakd.py"
@@ -37,32 +40,43 @@ def main() -> None:
     parser.add_argument("--model", default="timm/test_resnet")
     parser.add_argument("--quantizers", nargs="+", default=["lsq", "ewgs", "lsq+", "pact", "dorefa"])
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 2])
+    parser.add_argument("--precisions", nargs="+", default=["float32"], choices=["float32", "bf16"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
 
-    rows: dict[tuple[str, int], list[dict]] = {}
+    rows: dict[tuple[str, ...], list[dict]] = {}
+    # The first row of a seed trains its teacher, in float32, the others distil from the same one.
+    grid = list(itertools.product(options.bits, options.quantizers, options.precisions))
+    if options.precisions[0] != "float32":
+        parser.error("--precisions must begin with float32: the first row trains the teacher")
     for seed in options.seeds:
-        for bits in options.bits:
-            for quantizer in options.quantizers:
-                folder = options.output / f"{quantizer}-{bits}-{seed}"
-                # The first row of a seed trains its teacher, the others distil from the same one.
-                teacher = options.output / f"{options.quantizers[0]}-{options.bits[0]}-{seed}" / "teacher"
-                source = f"--teacher {teacher}" if teacher.exists() else "--teacher_epochs 6"
-                arguments = (
-                    f"--model {options.model} --seed {seed} --quantizer {quantizer} --weight_bits {bits} "
-                    f"--activation_bits {bits} --teacher_learning_rate 5e-3 {source}"
-                )
-                rows.setdefault((quantizer, bits), []).append(run(folder, arguments))
-                print(f"{quantizer} W{bits}A{bits} seed {seed}: {rows[quantizer, bits][-1]['student']}", flush=True)
+        teacher = options.output / folder_name(*grid[0], seed) / "teacher"
+        for bits, quantizer, precision in grid:
+            source = f"--teacher {teacher}" if teacher.exists() else "--teacher_epochs 6"
+            arguments = (
+                f"--model {options.model} --seed {seed} --quantizer {quantizer} --weight_bits {bits} "
+                f"--activation_bits {bits} --teacher_learning_rate 5e-3 {source}"
+            )
+            if precision == "bf16":
+                arguments += f" --bf16 true --use_cpu {not torch.cuda.is_available()}"
+            row = rows.setdefault((quantizer, f"W{bits}A{bits}", precision), [])
+            row.append(run(options.output / folder_name(bits, quantizer, precision, seed), arguments))
+            print(f"{quantizer} W{bits}A{bits} {precision} seed {seed}: {row[-1]['student']}", flush=True)
 
-    print("\n| quantizer | bits | teacher | calibrated only | distilled | behind the teacher | agreement |")
-    print("|---|---|---|---|---|---|---|")
-    for (quantizer, bits), runs in rows.items():
+    print(
+        "\n| quantizer | bits | precision | teacher | calibrated only | distilled | behind the teacher | agreement |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for row, runs in rows.items():
         cells = [mean_std([r[key]["accuracy"] for r in runs]) for key in ("teacher", "calibrated", "student")]
         behind = mean_std([r["teacher"]["accuracy"] - r["student"]["accuracy"] for r in runs])
         agreement = mean_std([r["student"]["agreement"] for r in runs])
-        print(f"| {quantizer} | W{bits}A{bits} | {' | '.join(cells)} | {behind} | {agreement} |")
+        print(f"| {' | '.join(row)} | {' | '.join(cells)} | {behind} | {agreement} |")
+
+
+def folder_name(bits: int, quantizer: str, precision: str, seed: int) -> str:
+    return f"{quantizer}-{bits}-{seed}" + ("" if precision == "float32" else f"-{precision}")
 
 
 def mean_std(shares: list[float]) -> str:

@@ -11,7 +11,7 @@ from .errors import InputError
 class ImageCollator:
     """Stack `pixel_values` into `(B, C, H, W)`, and `labels` (or `label`), `valid_mask`, `pixel_mask` where present.
 
-    Labels are class numbers, `(B,)`, or maps of them, `(B, H, W)`; others (boxes) and all other columns are dropped.
+    `teacher_logits`, which a cache adds, are stacked as they are. Labels are class numbers, `(B,)`, or maps of them, `(B, H, W)`; others (boxes) and all other columns are dropped.
     `valid_mask` `(B, H, W)` is `False` where the loss is to leave pixels out; `pixel_mask` is passed to the model.
 
     Examples:
@@ -35,6 +35,8 @@ class ImageCollator:
         for key in ("valid_mask", "pixel_mask"):
             if first.get(key) is not None:
                 batch[key] = torch.stack([torch.as_tensor(f[key]).bool() for f in features])
+        if "teacher_logits" in first:
+            batch["teacher_logits"] = torch.stack([f["teacher_logits"] for f in features])
         return batch
 
 

@@ -2,12 +2,14 @@
 
 import contextlib
 import functools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from accelerate.utils import DynamoBackend
 from huggingface_hub import HfApi
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
@@ -21,11 +23,14 @@ from .collator import ImageCollator
 from .convert import calibrate_model, is_calibrated, quantized_layers, quantizers, record_signedness
 from .errors import InputError
 from .hub import hub_id
-from .losses import box_loss, check_same_classes, distillation_loss, masked_mean, mean_teacher_logits
+from .losses import box_loss, check_same_classes, distillation_loss, masked_mean
 from .modeling import load_teacher, num_classes, processor_of
+from .non_finite import NonFiniteError, first_non_finite
 from .outputs import Prediction, predict
 from .push import upload_errors, weight_bytes
 from .recompute import recompute_quantized
+from .teacher import TEACHER_DTYPES, Teacher
+from .teacher_cache import LOGITS, cache_teacher_logits
 from .training_args import SQAKDTrainingArguments
 
 
@@ -118,21 +123,31 @@ class SQAKDTrainer(Trainer):
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         # transformers before `loss_is_scaled_for_ga` decides by this attribute alone.
         self.model_accepts_loss_kwargs = False
-        self.teacher_models = [self._prepare_teacher(teacher) for teacher in teachers]
+        if args.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.teacher = Teacher(
+            teachers, args.device, self._teacher_dtype(), args.channels_last, compile_options=self._compile_options()
+        )
         self._agreement = _RunningMean()
         self._evaluated: dict[str, _RunningMean] = {}
         # What `evaluate` measured: teacher, student, and the student before its first step.
         self.results: dict[str, dict[str, float | None]] = {}
+        self._last_batch: dict[str, Any] = {}
         self._calibrated = False
         self._format = "packed"
 
-    def _prepare_teacher(self, teacher: nn.Module) -> nn.Module:
-        teacher.requires_grad_(False).eval().to(self.args.device)
-        # Autocast and compilation, as the student gets them; no DDP, which a frozen model has no use for.
-        prepared = self.accelerator.prepare_model(teacher, evaluation_mode=True)
-        # Trainer takes a non-empty list for a sign that the student is prepared already.
-        self.accelerator._models.remove(prepared)
-        return prepared
+    def _teacher_dtype(self) -> torch.dtype:
+        name = self.args.teacher_dtype
+        if name == "auto":
+            name = {"bf16": "bfloat16", "fp16": "float16"}.get(self.accelerator.mixed_precision, "float32")
+        return TEACHER_DTYPES[name]
+
+    def _compile_options(self) -> dict[str, Any] | None:
+        """Return how accelerate compiles the student, or `None` if it does not."""
+        plugin = self.accelerator.state.dynamo_plugin
+        if plugin.backend == DynamoBackend.NO:
+            return None
+        return {key: value for key, value in plugin.to_kwargs().items() if key != "use_regional_compilation"}
 
     # --- training ---
 
@@ -152,7 +167,41 @@ class SQAKDTrainer(Trainer):
         if not resume_from_checkpoint and not is_calibrated(self.model):
             self.calibrate()
         self.model.train()  # a student loaded from codes becomes latent before it is spread over devices
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with self._teacher_logits_at_hand():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _teacher_logits_at_hand(self) -> Iterator[None]:
+        """Let the training images bring their teacher's logits, where `cache_teacher_logits` says so."""
+        images = self.train_dataset
+        if self.args.cache_teacher_logits is not None:
+            with self.args.main_process_first(desc="computing the teacher's logits"):
+                self.train_dataset = cache_teacher_logits(
+                    images,
+                    self.args.cache_teacher_logits,
+                    self._logits_to_cache,
+                    f"{self.teacher.fingerprint()} T={self.args.temperature} {self.args.output_field}",
+                    self.data_collator,
+                    self.args.per_device_eval_batch_size,
+                    self.args.dataloader_num_workers,
+                    disable_progress=self.args.disable_tqdm or not self.is_world_process_zero(),
+                )
+        try:
+            yield
+        finally:
+            self.train_dataset = images
+
+    def _logits_to_cache(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        prediction = self.teacher_prediction(self._prepare_inputs(batch))
+        if prediction.boxes is not None:
+            raise InputError("cache_teacher_logits keeps class logits alone: a detector's teacher has boxes as well.")
+        return prediction.logits
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        if self.args.channels_last and inputs["pixel_values"].dim() == 4:
+            inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=torch.channels_last)
+        return inputs
 
     def calibrate(self) -> None:
         """Set the student's ranges by [`calibrate_model`], from the first `args.calibration_images` training images.
@@ -202,11 +251,17 @@ class SQAKDTrainer(Trainer):
         saving = self.args.activation_memory == "low"
         with recompute_quantized() if saving else contextlib.nullcontext():
             student = self._predict(model, inputs)
+        if model.training and self.args.cache_teacher_logits is not None and LOGITS not in inputs:
+            raise InputError(f"The data_collator dropped {LOGITS!r}, which cache_teacher_logits adds to each image.")
         teacher = self.teacher_prediction(inputs)
         mask = student.mask_of(inputs)
         loss = self._loss(student, teacher, mask)
         if model.training:
             self._agreement.add(_agreement(student, teacher, mask).mean())
+            self._last_batch = inputs
+            # To look at a number on an accelerator is to wait for it: there, `log` looks.
+            if loss.device.type == "cpu" and not torch.isfinite(loss):
+                self._stop_at_non_finite("The loss", loss.item())
         return (loss, {"logits": student.logits, "teacher_logits": teacher.logits}) if return_outputs else loss
 
     def _predict(self, model: nn.Module, inputs: dict[str, Any]) -> Prediction:
@@ -220,14 +275,27 @@ class SQAKDTrainer(Trainer):
             loss = loss + box_loss(student.boxes, teacher.boxes, teacher.logits, reduction)
         return loss
 
-    @torch.no_grad()
     def teacher_prediction(self, inputs: dict[str, Any]) -> Prediction:
         """Return what the teachers say of a prepared batch: the mean of their distributions, and of their boxes."""
-        predictions = [self._predict(teacher, inputs) for teacher in self.teacher_models]
-        boxes = [prediction.boxes for prediction in predictions if prediction.boxes is not None]
-        return Prediction(
-            mean_teacher_logits([prediction.logits for prediction in predictions], self.args.temperature),
-            torch.stack(boxes).mean(0) if boxes else None,
+        if LOGITS in inputs:
+            return Prediction(inputs[LOGITS])
+        return self.teacher.predict(inputs, self.args.temperature, self.args.output_field)
+
+    def _stop_at_non_finite(self, what: str, value: float) -> NoReturn:
+        """Raise `NonFiniteError` that names the layer where it began."""
+        if self.args.world_size > 1:
+            self.model.eval()  # batch statistics of all processes would wait for the others
+        batch, self._last_batch = self._last_batch, {}
+
+        def forward() -> torch.Tensor:
+            student = self._predict(self.model, batch)
+            return self._loss(student, self.teacher_prediction(batch), student.mask_of(batch))
+
+        where = first_non_finite(self.model, forward)
+        raise NonFiniteError(
+            f"{what} is {value} at step {self.state.global_step}. First not finite: {where}. Lower learning_rate or "
+            "quantizer_learning_rate, clip gradients (max_grad_norm), or train in float32 or bf16; checkpoints of "
+            "earlier steps are as they were."
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -260,6 +328,10 @@ class SQAKDTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the student's agreement with its teacher, averaged since the last log, to the training logs."""
+        for name, what in (("loss", "The loss"), ("grad_norm", "The gradient's norm")):
+            # In fp16 the scaler skips steps whose gradient overflows.
+            if not math.isfinite(logs.get(name, 0)) and not (name == "grad_norm" and self.args.fp16):
+                self._stop_at_non_finite(what, logs[name])
         if "loss" in logs and self._agreement:
             logs["agreement"] = round(self._agreement.pop(), 4)
         super().log(logs, *args, **kwargs)
@@ -396,7 +468,7 @@ class SQAKDTrainer(Trainer):
             card.save(os.path.join(self.args.output_dir, "README.md"))
 
     def _base_model(self) -> str | None:
-        teacher = getattr(self.accelerator.unwrap_model(self.teacher_models[0]), "config", None)
+        teacher = getattr(self.accelerator.unwrap_model(self.teacher.models[0]), "config", None)
         return hub_id(getattr(teacher, "_name_or_path", None)) or self.model.hf_quantizer.base_model
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

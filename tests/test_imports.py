@@ -16,13 +16,13 @@ ROOT = Path(sqakd_hf.__file__).parent
 # A module imports from lower layers only; the modules of the package `quantizers` count as one.
 LAYERS = [
     {"errors", "functional", "hub", "recompute"},
-    {"losses", "quantizers", "packing", "checkpoint", "models"},
+    {"losses", "quantizers", "packing", "checkpoint", "models", "teacher_cache"},
     {"metrics", "layers", "configuration", "collator", "outputs"},
-    {"standardized", "multihead", "interception"},
+    {"standardized", "multihead", "interception", "teacher"},
     {"timm_layers", "bit_layers", "trace"},
     {"plan"},
     {"convert", "manifest", "report", "transforms", "sources"},
-    {"data", "modeling", "card", "training_args", "interrupt"},
+    {"data", "modeling", "card", "training_args", "interrupt", "non_finite"},
     {"push"},
     {"hf_quantizer"},
     {"trainer"},

@@ -1,0 +1,72 @@
+"""The teacher as training uses it: one or several frozen models, in a precision of their own."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .losses import mean_teacher_logits
+from .outputs import Prediction, predict
+
+
+TEACHER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Teacher:
+    """Frozen models whose mean distribution a student learns.
+
+    Args:
+        models (list of `nn.Module`): Put in eval mode, frozen and moved to `device`, in place. They are not wrapped:
+            every process holds them whole.
+        device (`torch.device`): Where they run.
+        dtype (`torch.dtype`): What matrix products and convolutions compute in, by autocast; parameters stay as they
+            are, and logits come out in float32.
+        channels_last (`bool`, *optional*, defaults to `False`): Keep kernels in channels-last memory format.
+        compile_options (`dict`, *optional*): Arguments of `torch.compile`; `None` runs the models as they stand.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        compile_options: dict[str, Any] | None = None,
+    ):
+        self.models = [model.requires_grad_(False).eval().to(device) for model in models]
+        if channels_last:
+            self.models = [model.to(memory_format=torch.channels_last) for model in self.models]
+        self.device, self.dtype = device, dtype
+        self._runs = self.models
+        if compile_options is not None:
+            self._runs = [torch.compile(model, **compile_options) for model in self.models]
+
+    @torch.no_grad()
+    def predict(self, inputs: Mapping[str, Any], temperature: float, field: str | None = None) -> Prediction:
+        """Return the mean of the models' distributions at `temperature`, as logits, and of their boxes.
+
+        Args:
+            inputs (`dict`): A batch, on the teacher's device.
+            temperature (`float`): Positive.
+            field (`str`, *optional*): See [`~sqakd_hf.outputs.predict`].
+        """
+        # Also where training computes in another precision: this is the inner context, and it counts.
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            predictions = [predict(model, inputs, field) for model in self._runs]
+        boxes = [prediction.boxes.float() for prediction in predictions if prediction.boxes is not None]
+        return Prediction(
+            mean_teacher_logits([prediction.logits.float() for prediction in predictions], temperature),
+            torch.stack(boxes).mean(0) if boxes else None,
+        )
+
+    def fingerprint(self) -> str:
+        """Return a hash of what the predictions depend on: kinds of models, their tensors, and the dtype."""
+        digest = hashlib.sha256(str(self.dtype).encode())
+        for model in self.models:
+            digest.update(type(model).__qualname__.encode())
+            for name, tensor in model.state_dict().items():
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()

@@ -1,0 +1,160 @@
+"""The teacher's logits of a training set: computed once, kept in a memory-mapped file, read beside the images."""
+
+import contextlib
+import hashlib
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from tqdm import tqdm
+
+from .errors import InputError, reason
+
+
+LOGITS = "teacher_logits"
+# As many images are drawn twice to find out whether they are the same both times.
+_CHECKED = 16
+
+
+class TeacherLogits(Dataset):
+    """A dataset whose items also have their `teacher_logits`, float32, read from a memory-mapped `.npy` file.
+
+    Args:
+        dataset (`Dataset`): The images.
+        path (`str`): A file of [`cache_teacher_logits`], with a row for each image.
+    """
+
+    def __init__(self, dataset: Dataset, path: str):
+        self.dataset, self.path = dataset, path
+        self._logits = np.load(path, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.dataset[index], LOGITS: self._row(index)}
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        read = getattr(self.dataset, "__getitems__", None)
+        items = [self.dataset[index] for index in indices] if read is None else read(indices)
+        return [{**item, LOGITS: self._row(index)} for item, index in zip(items, indices, strict=True)]
+
+    def _row(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(self._logits[index].copy())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker maps the file anew instead of receiving its contents.
+        return {"dataset": self.dataset, "path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+
+def cache_teacher_logits(
+    dataset: Dataset,
+    folder: str,
+    predict: Callable[[Mapping[str, torch.Tensor]], torch.Tensor],
+    identity: str,
+    collate: Callable[[list[Any]], Mapping[str, torch.Tensor]],
+    batch_size: int = 64,
+    num_workers: int = 0,
+    disable_progress: bool = False,
+) -> TeacherLogits:
+    """Return `dataset` with the teacher's logits, which are computed unless `folder` has them already.
+
+    Args:
+        dataset (`Dataset`): Has a length and the same image under an index every time, and can be recognised: a
+            [`datasets.Dataset`], whose fingerprint covers its contents and its transform, or one with an attribute
+            `fingerprint` (`str`) of its own.
+        folder (`str`): Where the file is, or will be; made if it is missing.
+        predict (`Callable`): Takes a collated batch and returns logits `(B, ...)`.
+        identity (`str`): Whatever else the logits depend on: the teacher, its precision.
+        collate (`Callable`): Makes a batch of a list of items.
+        batch_size, num_workers (`int`, *optional*): How images are loaded for `predict`.
+        disable_progress (`bool`, *optional*, defaults to `False`): Show no progress bar.
+
+    Raises:
+        `InputError`: A stream, a dataset that can't be recognised, images that are augmented at random, logits of
+            several shapes, or a folder that can't be written to. No half-written file is left.
+    """
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        raise InputError("cache_teacher_logits needs images with an index, not a stream. Leave it out for streams.")
+    fingerprint = getattr(dataset, "fingerprint", None) or getattr(dataset, "_fingerprint", None)
+    if not isinstance(fingerprint, str):
+        raise InputError(
+            f"cache_teacher_logits can't recognise a {type(dataset).__name__} when it meets it again. Use a "
+            "datasets.Dataset, or give it an attribute `fingerprint` (a string that changes with the images)."
+        )
+    _require_repeatable(dataset, collate)
+    key = hashlib.sha256(f"{fingerprint} {len(dataset)} {identity}".encode()).hexdigest()[:32]
+    path = os.path.join(folder, f"teacher-logits-{key}.npy")
+    if not os.path.exists(path):
+        loader = DataLoader(
+            dataset,
+            batch_size,
+            collate_fn=collate,
+            num_workers=num_workers,
+            generator=torch.Generator(),  # or it would draw a seed from the generator that training goes on with
+        )
+        batches = tqdm(loader, "Teacher's logits", unit="batch", disable=disable_progress, leave=False)
+        try:
+            os.makedirs(folder, exist_ok=True)
+            _write(path, len(dataset), (predict(batch) for batch in batches))
+        except OSError as error:
+            raise InputError(f"cache_teacher_logits can't write to {folder!r}: {reason(error)}.") from error
+    return TeacherLogits(dataset, path)
+
+
+def _write(path: str, count: int, batches: Iterator[torch.Tensor]) -> None:
+    """Write the rows of `batches` to `path`, which appears when it is complete."""
+    handle, unfinished = tempfile.mkstemp(suffix=".tmp", dir=os.path.dirname(path))
+    os.close(handle)
+    try:
+        rows, start = None, 0
+        for logits in batches:
+            logits = logits.float().cpu().numpy()
+            if rows is None:
+                shape = (count, *logits.shape[1:])
+                rows = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float32, shape=shape)
+            if logits.shape[1:] != rows.shape[1:]:
+                raise InputError(
+                    f"cache_teacher_logits needs logits of one shape, got {rows.shape[1:]} and {logits.shape[1:]}. "
+                    "Give all images one size."
+                )
+            rows[start : start + len(logits)] = logits
+            start += len(logits)
+        rows.flush()
+        os.replace(unfinished, path)
+    finally:
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
+
+
+def _require_repeatable(dataset: Dataset, collate: Callable[[list[Any]], Mapping[str, torch.Tensor]]) -> None:
+    """Raise `InputError` unless the first images are the same when they are drawn again."""
+    with _own_random_state():
+        first, second = (
+            collate([dataset[index] for index in range(min(_CHECKED, len(dataset)))])["pixel_values"] for _ in range(2)
+        )
+    if not torch.equal(first, second):
+        raise InputError(
+            "cache_teacher_logits needs the same image in every epoch, and the training images are augmented at "
+            "random: turn the augmentation off, or leave the cache out."
+        )
+
+
+@contextlib.contextmanager
+def _own_random_state() -> Iterator[None]:
+    """Leave the generators of Python, NumPy and torch as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
