@@ -11,8 +11,9 @@ from .errors import InputError
 class ImageCollator:
     """Stack `pixel_values` into `(B, C, H, W)`, and `labels` (or `label`), `valid_mask`, `pixel_mask` where present.
 
-    `teacher_logits`, which a cache adds, are stacked as they are. Labels are class numbers, `(B,)`, or maps of them, `(B, H, W)`; others (boxes) and all other columns are dropped.
-    `valid_mask` `(B, H, W)` is `False` where the loss is to leave pixels out; `pixel_mask` is passed to the model.
+    `teacher_logits`, which a cache adds, are stacked as they are. Labels are class numbers, `(B,)`, or maps of them,
+    `(B, H, W)`; others (boxes) and all other columns are dropped. `valid_mask` `(B, H, W)` is `False` where the loss
+    is to leave pixels out; `pixel_mask` is passed to the model.
 
     Examples:
         >>> batch = ImageCollator()([{"pixel_values": torch.zeros(3, 8, 8), "path": "a.png"}])

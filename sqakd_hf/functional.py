@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 logger = logging.getLogger(__name__)
@@ -225,7 +226,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x, lower, upper, grid, qmax, delta, channel_axis, binary, clip_only):
         ctx.save_for_backward(x, *grid)
         ctx.options = (qmax, delta, channel_axis, binary, clip_only)
-        if torch.compiler.is_compiling():
+        if _is_watched():
             return _forward(
                 x, _along(grid.scale, x, channel_axis), _along(grid.zero_point, x, channel_axis), qmax, binary
             )
@@ -242,7 +243,7 @@ class _FakeQuantize(torch.autograd.Function):
         flags = (qmax, binary, clip_only, want_x, want_range)
         # A tensor, not a Python number: one compiled kernel serves every delta.
         slope = grid[0].new_full((1,), delta / qmax) if delta else None
-        if torch.compiler.is_compiling():
+        if _is_watched():
             slope = None if slope is None else _along(slope, x, channel_axis)
             columns = [_along(v, x, channel_axis) for v in grid]
             grad_x, below, above = _backward(x, grad, *columns, slope, *flags)
@@ -258,6 +259,11 @@ class _FakeQuantize(torch.autograd.Function):
                 below, above = (v.flatten() if v.numel() == grid[0].numel() else v.sum(0) for v in (below, above))
         ranges = _range_gradients(below, above, qmax, clip_only) if want_range else (None, None)
         return grad_x, *ranges, None, None, None, None, None, None
+
+
+def _is_watched() -> bool:
+    """Tell whether single operations are wanted: by a graph that is compiled, or a mode (a FLOP counter, say)."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 def _sum_along(values: torch.Tensor, like: torch.Tensor, channel_axis: int | None) -> torch.Tensor:
@@ -327,8 +333,7 @@ def _is_dense(x: torch.Tensor, rows_outermost: bool) -> bool:
 def _run(body: Callable, x: torch.Tensor, *args):
     """Run `body` as a fused kernel where that pays and a compiler works, else eagerly; the results are the same."""
     large = x.is_cuda or x.numel() >= _MIN_FUSED_NUMEL
-    # A dispatch mode (a FLOP counter, say) wants to see the single operations.
-    if not large or _compiler_failures or torch._C._len_torch_dispatch_stack():
+    if not large or _compiler_failures:
         return body(x, *args)
     if torch._C._len_torch_function_stack():
         # Dynamo compiles anew for each stack of function modes, such as the one that watches attention.

@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import DynamoBackend
 from huggingface_hub import HfApi
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy
@@ -121,6 +122,10 @@ class SQAKDTrainer(Trainer):
             raise InputError(f"args must be SQAKDTrainingArguments, got {type(args).__name__}.")
         kwargs.setdefault("data_collator", ImageCollator())
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if fsdp is not None and fsdp.fsdp_version == 2:
+            # Its own would cast ranges too; autocast, which accelerate applies as well, casts what is multiplied.
+            fsdp.mixed_precision_policy = MixedPrecisionPolicy()
         # transformers before `loss_is_scaled_for_ga` decides by this attribute alone.
         self.model_accepts_loss_kwargs = False
         if args.channels_last:

@@ -7,22 +7,27 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForImageClassification
 
-from tests.conftest import TinyConvNet
+from sqakd_hf import QuantizationConfig, quantize_model
+from tests.conftest import IMAGE_SIZE, TinyConvNet, tiny_vit
 
 
-def run(folder, processes, **options):
-    """Run tests/distributed_run.py; return what each process left."""
+def launch(script, folder, processes, **options):
     folder.mkdir()
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "tests.distributed_run"]
-    done = subprocess.run(
-        [*command, str(folder), json.dumps({"steps": 20, **options})],
+    return subprocess.run(
+        [sys.executable, *(launcher if processes > 1 else []), "-m", script, str(folder), json.dumps(options)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=300,
     )
+
+
+def run(folder, processes, **options):
+    """Run tests/distributed_run.py; return what each process left."""
+    done = launch("tests.distributed_run", folder, processes, **{"steps": 20, **options})
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
 
@@ -69,3 +74,27 @@ def test_batch_statistics_and_augmented_calibration_are_those_of_the_first_proce
     fresh = TinyConvNet().state_dict()
     assert not torch.equal(first["state"]["stem.1.running_mean"], fresh["stem.1.running_mean"])
     assert first["metrics"]["eval_loss"] == second["metrics"]["eval_loss"]
+
+
+def test_fsdp2_trains_and_packs_a_sharded_student_like_a_whole_one(tmp_path):
+    done = launch("tests.fsdp_run", tmp_path / "run", 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    left = torch.load(tmp_path / "run" / "left.pt", weights_only=True)
+    whole, sharded, autocast = left["whole"], left["sharded"], left["autocast"]
+
+    assert sharded["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    for name, tensor in whole["state"].items():
+        torch.testing.assert_close(sharded["state"][name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+    student = tiny_vit()
+    quantize_model(student, QuantizationConfig(weight_bits=4, activation_bits=4))
+    student.load_state_dict(sharded["state"])
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "packed")
+    images = torch.randn(4, 3, IMAGE_SIZE, IMAGE_SIZE)
+    assert torch.equal(loaded.eval()(images).logits, student.eval()(images).logits)
+
+    assert autocast["dtypes"] == ["torch.float32"]  # of the ranges
+    assert autocast["losses"] != whole["losses"]
+    assert autocast["losses"] == pytest.approx(whole["losses"], rel=0.2)
+
+    assert "arrives in torch.bfloat16" in left["refused"] and "MixedPrecisionPolicy()" in left["refused"]

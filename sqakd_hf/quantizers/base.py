@@ -141,6 +141,12 @@ class FakeQuantizer(nn.Module):
         """Fake-quantize `x`: same shape and dtype, values on the grid, arithmetic in float32."""
         self._require_range()
         operands = (self.transform(x), *self.clip_range(x))
+        if operands[1].dtype not in (torch.float32, torch.float64):
+            raise InputError(
+                f"The range of this {self.role} quantizer arrives in {operands[1].dtype}: something casts parameters "
+                "behind it, such as FSDP's mixed precision. Shard with MixedPrecisionPolicy() and compute in a lower "
+                "precision by torch.autocast, which leaves ranges in float32."
+            )
         options = {
             "levels": self.levels,
             "grid": self.grid(),

@@ -1,0 +1,100 @@
+"""Time of a whole SQAKD step, student and teacher, against the float32 step with cross-entropy and no teacher.
+
+    python benchmarks/sqakd_step.py
+
+The student is LSQ at W4A4, first and last layer at 8 bits; the teacher is the float model. The floor is the float
+step with a float teacher's forward beside it: what distillation costs where quantization is free. All variants run
+in one process, one step each in turn, one thread; the ratio is the median over the rounds. The last line is the
+divergence of a bfloat16 teacher's distribution from the same teacher's in float64.
+"""
+
+import argparse
+import copy
+import logging
+
+import torch
+from measure import interleaved, machine, ratios
+from torch import nn
+from train_step import FLOAT, NETWORKS, student_of
+
+from sqakd_hf import build_model, distillation_loss
+from sqakd_hf.teacher import Teacher
+
+
+FLOOR = "floor: float32 student, float32 teacher"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS)[:3], choices=NETWORKS)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="the student under bfloat16 autocast, in every row")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    logging.disable(logging.WARNING)
+    print(f"{machine(options.device)}{', bfloat16 autocast' if options.bf16 else ''}", flush=True)
+    for name in options.networks:
+        measure(name, options)
+
+
+def measure(name: str, options: argparse.Namespace) -> None:
+    """Print the table of one network."""
+    architecture, size, batch = NETWORKS[name]
+    torch.manual_seed(0)
+    device = torch.device(options.device)
+    images = torch.randn(batch, 3, size, size, device=device)
+    labels = torch.randint(100, (batch,), device=device)
+    model = build_model(architecture, 100, image_size=size).timm_model.to(device).train()
+    student = student_of(model, images, "lsq", 4)
+    teachers = {
+        "float32 teacher": Teacher([copy.deepcopy(model)], device),
+        "bfloat16 teacher": Teacher([copy.deepcopy(model)], device, torch.bfloat16),
+        "bfloat16 teacher in channels-last": Teacher([copy.deepcopy(model)], device, torch.bfloat16, True),
+    }
+    cached = teachers["float32 teacher"].predict({"pixel_values": images}, 4.0).logits
+    steps = {
+        FLOAT: Step(model, images, options.bf16, lambda logits: nn.functional.cross_entropy(logits, labels)),
+        FLOOR: Step(copy.deepcopy(model), images, options.bf16, learn_from(teachers["float32 teacher"], images)),
+        **{
+            f"**sqakd_hf, {what}**": Step(copy.deepcopy(student), images, options.bf16, learn_from(teacher, images))
+            for what, teacher in teachers.items()
+        },
+        "**sqakd_hf, cached logits**": Step(
+            student, images, options.bf16, lambda logits: distillation_loss(logits, cached, 4.0)
+        ),
+    }
+    seconds = interleaved(steps, options.rounds, options.device)
+    print(f"\n{name}, batch {batch}: float32 step {1000 * sum(seconds[FLOAT]) / options.rounds:.0f} ms\n")
+    print("| variant | time / float | ± |\n|---|---|---|")
+    for row, times in seconds.items():
+        median, spread = ratios(times, seconds[FLOAT])
+        print(f"| {row} | {median:.3f} | {spread:.3f} |", flush=True)
+    rounded = teachers["bfloat16 teacher"].predict({"pixel_values": images}, 4.0).logits
+    exact = teachers["bfloat16 teacher"].models[0].double()(images.double())
+    print(f"\nKL(float64 teacher, bfloat16 teacher) = {distillation_loss(rounded, exact, 1.0).item():.1e}")
+
+
+def learn_from(teacher: Teacher, images: torch.Tensor):
+    """Return the SQAKD loss as a function of the student's logits; the teacher runs in each call."""
+    return lambda logits: distillation_loss(logits, teacher.predict({"pixel_values": images}, 4.0).logits, 4.0)
+
+
+class Step:
+    """A training step of `model` on one batch."""
+
+    def __init__(self, model: nn.Module, images: torch.Tensor, bf16: bool, loss) -> None:
+        self.model, self.images, self.bf16, self.loss = model, images, bf16, loss
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+
+    def __call__(self) -> None:
+        with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = self.model(self.images)
+        self.loss(logits.float()).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+if __name__ == "__main__":
+    main()
