@@ -79,6 +79,14 @@ def apply_plan(model: nn.Module, plan: QuantizationPlan) -> None:
             parent, _, child = layer.name.rpartition(".")
             intercept(model.get_submodule(parent), bypassed=[child])
     model.quantization_plan = plan
+    fix_image_ranges(model)
+
+
+def fix_image_ranges(model: nn.Module) -> None:
+    """Take the ranges that the plan does not want learned out of the training; loading makes parameters anew."""
+    for layer in model.quantization_plan.quantized:
+        if not layer.learns_input_range:
+            model.get_submodule(layer.name).input_quantizer.requires_grad_(False)
 
 
 def _replace(parents: Iterable[nn.Module], twins: Mapping[nn.Module, nn.Module]) -> None:
@@ -109,7 +117,7 @@ def _quantize_layer(layer: nn.Module, plan: LayerPlan) -> QuantizedLayer:
     weight_quantizer = create_weight_quantizer(plan, cls, weight.shape).to(device)
     input_quantizer = None
     if plan.activation_bits is not None:
-        input_quantizer = _activation_quantizer(plan).to(device).requires_grad_(plan.learns_input_range)
+        input_quantizer = _activation_quantizer(plan).to(device)
     return cls.from_float(layer, weight_quantizer, input_quantizer)
 
 

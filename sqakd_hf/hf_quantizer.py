@@ -22,6 +22,7 @@ from .convert import (
     apply_plan,
     create_weight_quantizer,
     dequantize_model,
+    fix_image_ranges,
     is_calibrated,
     layer_quantizers,
     quantize_model,
@@ -144,6 +145,7 @@ class SQAKDHfQuantizer(HfQuantizer):
                 f"{quote(missing[:3])}. It was saved before calibration, or is damaged: calibrate the student and "
                 "save it again."
             )
+        fix_image_ranges(model)
         for layer in layers.values():
             for name in layer.packed_state():
                 buffer = getattr(layer, name)

@@ -58,7 +58,7 @@ class LayerPlan:
 
         Images do not change while the student learns, and a gradient for them would cost a convolution's backward.
         """
-        return not (self.reads_images and self.activation_bits > FEW_BITS)
+        return not (self.reads_images and (self.activation_bits or 0) > FEW_BITS)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from accelerate.utils import DynamoBackend
 from huggingface_hub import HfApi
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy
@@ -230,7 +231,8 @@ class SQAKDTrainer(Trainer):
             return
         own = [tensor for quantizer in quantizers(self.model) for tensor in quantizer.range_tensors().values()]
         for tensor in {id(tensor): tensor for tensor in (*own, *self.model.buffers())}.values():
-            torch.distributed.broadcast(tensor.data, src=0)
+            if not isinstance(tensor, DTensor):  # sharded: the processes hold parts of one tensor
+                torch.distributed.broadcast(tensor.data, src=0)
         for quantizer in quantizers(self.model):
             quantizer.refresh()
         record_signedness(self.model)

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import BatchFeature
+from transformers import AutoModelForImageClassification, BatchFeature
 
 from sqakd_hf import (
     InputError,
     QuantizationConfig,
     QuantizedLayer,
+    build_model,
     calibrate_model,
     is_calibrated,
     quantize_model,
@@ -22,7 +23,7 @@ from sqakd_hf import (
 from sqakd_hf import convert as convert_module
 from sqakd_hf import layers as layers_module
 from sqakd_hf.outputs import run_model
-from tests.conftest import Wrapper
+from tests.conftest import Wrapper, tiny_vit
 
 
 QUANTIZERS = ["dorefa", "ewgs", "lsq", "lsq+", "pact"]
@@ -945,3 +946,43 @@ def test_layers_are_replaced_wherever_their_parent_holds_them():
     convert_module.dequantize_model(model)
     assert type(model.layers[0]) is nn.Conv2d and model.layers[0] is model._modules["0"]
     assert type(model.named["head"]) is nn.Linear
+
+
+class TestRangeOfTheImages:
+    """Images do not change while a student learns: with many codes, their range is calibrated and stays."""
+
+    BUILDS = {"native": (tiny_vit, 16), "timm": (lambda: build_model("timm/test_resnet", 4, image_size=32), 32)}
+
+    def student(self, name, **config):
+        torch.manual_seed(0)
+        build, size = self.BUILDS[name]
+        model = build()
+        quantize_model(model, QuantizationConfig(**config))
+        calibrate_model(model, [torch.randn(8, 3, size, size)], disable_progress=True)
+        return model.train(), torch.randn(4, 3, size, size)
+
+    def fixed(self, model):
+        names = {name.rpartition(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
+        return {name.removesuffix(".input_quantizer") for name in names}
+
+    @pytest.mark.parametrize("name", BUILDS)
+    def test_it_is_not_learned_where_least_error_set_it(self, name):
+        model, images = self.student(name)
+        readers = {layer.name for layer in model.quantization_plan if layer.reads_images}
+        assert len(readers) == 1 and self.fixed(model) == readers
+        for few in (1, 4):
+            assert self.fixed(self.student(name, first_last_bits=few)[0]) == set()
+        model(images).logits.square().sum().backward()
+        without = {key for key, parameter in model.named_parameters() if parameter.grad is None}
+        assert without == {f"{reader}.input_quantizer.scale" for reader in readers}
+
+    @pytest.mark.parametrize("name", BUILDS)
+    def test_a_reloaded_student_goes_on_like_that(self, name, tmp_path):
+        model, _ = self.student(name)
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+        assert self.fixed(loaded) == self.fixed(model) != set()
+
+    def test_a_plan_without_activation_bits_learns_what_there_is(self):
+        model, _ = self.student("native", activation_bits=None, first_last_bits=8)
+        assert self.fixed(model) == set()
