@@ -12,7 +12,6 @@ import argparse
 import copy
 import json
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -68,13 +67,14 @@ def watch(output: Path, stop_after: int | None) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
     command = [sys.executable, *launcher, __file__, "--train", "--output", str(output)]
     say(f"starting {PROCESSES} processes" + (f", to be killed at step {stop_after}" if stop_after else ""))
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if re.match(r"\d\d:\d\d:\d\d ", line):
             print(line, end="", flush=True)
         found = re.search(r"step (\d+):", line)
         if found and stop_after and int(found[1]) >= stop_after:
-            subprocess.run(["pkill", f"-{signal.SIGKILL.value}", "-s", str(process.pid)], check=True)
+            # The launcher and what it started, which is in sessions of its own: all have this in their commands.
+            subprocess.run(["pkill", "-KILL", "-f", f"[-]-train --output {output}"], check=True)
             process.wait()
             say("killed")
             return

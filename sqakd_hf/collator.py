@@ -6,14 +6,15 @@ from typing import Any
 import torch
 
 from .errors import InputError
+from .teacher_cache import LOGITS
 
 
 class ImageCollator:
     """Stack `pixel_values` into `(B, C, H, W)`, and `labels` (or `label`), `valid_mask`, `pixel_mask` where present.
 
-    `teacher_logits`, which a cache adds, are stacked as they are. Labels are class numbers, `(B,)`, or maps of them,
-    `(B, H, W)`; others (boxes) and all other columns are dropped. `valid_mask` `(B, H, W)` is `False` where the loss
-    is to leave pixels out; `pixel_mask` is passed to the model.
+    Labels are class numbers, `(B,)`, or maps of them, `(B, H, W)`; others (boxes) and all other columns are dropped.
+    `valid_mask` `(B, H, W)` is `False` where the loss is to leave pixels out; `pixel_mask` is passed to the model. The
+    teacher's cached logits go along.
 
     Examples:
         >>> batch = ImageCollator()([{"pixel_values": torch.zeros(3, 8, 8), "path": "a.png"}])
@@ -36,8 +37,8 @@ class ImageCollator:
         for key in ("valid_mask", "pixel_mask"):
             if first.get(key) is not None:
                 batch[key] = torch.stack([torch.as_tensor(f[key]).bool() for f in features])
-        if "teacher_logits" in first:
-            batch["teacher_logits"] = torch.stack([f["teacher_logits"] for f in features])
+        if LOGITS in first:
+            batch[LOGITS] = torch.stack([f[LOGITS] for f in features])
         return batch
 
 

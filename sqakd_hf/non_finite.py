@@ -9,41 +9,42 @@ from .convert import quantized_layers, quantizers
 
 
 class NonFiniteError(ArithmeticError):
-    """The loss or its gradient is no number any more; the message names the first layer concerned."""
+    """The loss, a gradient or a parameter is no number any more; the message names the first one concerned."""
 
 
-def first_non_finite(model: nn.Module, forward: Callable[[], torch.Tensor]) -> str:
-    """Say what is not finite in `model`: the first layer with a bad range, weight or input, or else a bad gradient.
-
-    Args:
-        model (`nn.Module`): The student. Its gradients are gone afterwards.
-        forward (`Callable`): Runs the model on the batch concerned and returns the loss.
-    """
+def first_non_finite_layer(model: nn.Module, forward: Callable[[], object]) -> str:
+    """Run `forward` and say which layer of `model` is the first to have a bad input, range or other parameter."""
     found: list[str] = []
     handles = [
         layer.register_forward_pre_hook(_Inspect(name, found), with_kwargs=True)
         for name, layer in quantized_layers(model).items()
     ]
     try:
-        with torch.enable_grad():
-            loss = forward()
+        with torch.no_grad():
+            forward()
     finally:
         for handle in handles:
             handle.remove()
-    if found:
-        return found[0]
-    if not _is_finite(loss):
-        return "all layers and their inputs are finite; the loss itself is not (the model's head, or the teacher)"
-    model.zero_grad()
-    loss.backward()
-    # The backward goes from the last layer to the first: the last bad one is where it began.
+    return found[0] if found else "no layer and no input of one, but what the model makes of them, or the teacher"
+
+
+def first_non_finite_gradient(model: nn.Module) -> str | None:
+    """Name the parameter where the backward went wrong, `None` if all gradients are finite.
+
+    The backward goes from the last layer to the first: of the bad ones, the last in the model's order is the first.
+    """
     bad = [name for name, parameter in model.named_parameters() if not _is_finite(parameter.grad)]
-    model.zero_grad()
-    return f"the gradient of {bad[-1]!r}" if bad else "nothing on this batch: it was another batch of the same step"
+    return f"the gradient of {bad[-1]!r}" if bad else None
+
+
+def first_non_finite_parameter(model: nn.Module) -> str | None:
+    """Name the first parameter or buffer, in the model's order, that is not finite; `None` if all are."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return next((repr(name) for name, tensor in tensors if not _is_finite(tensor)), None)
 
 
 class _Inspect:
-    """Note the first of a layer's ranges, its weight and its input that is not finite, when the layer runs."""
+    """Note what of a layer is not finite when it runs: its input, a range, another parameter, in this order."""
 
     def __init__(self, name: str, found: list[str]):
         self.name, self.found = name, found

@@ -62,11 +62,11 @@ class Teacher:
         )
 
     def fingerprint(self) -> str:
-        """Return a hash of what the predictions depend on: kinds of models, their tensors, and the dtype."""
+        """Return a hash of what the predictions depend on: the models' structure and tensors, and the dtype."""
         digest = hashlib.sha256(str(self.dtype).encode())
         for model in self.models:
-            digest.update(type(model).__qualname__.encode())
-            for name, tensor in model.state_dict().items():
+            digest.update(f"{type(model).__qualname__} {model}".encode())
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()

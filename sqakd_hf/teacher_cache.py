@@ -4,7 +4,8 @@ import contextlib
 import hashlib
 import os
 import random
-import tempfile
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,15 +15,17 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from .errors import InputError, reason
+from .packing import checksum
 
 
-LOGITS = "teacher_logits"
+# What collators and the trainer call them; no dataset has such a column of its own.
+LOGITS = "_teacher_logits"
 # As many images are drawn twice to find out whether they are the same both times.
 _CHECKED = 16
 
 
 class TeacherLogits(Dataset):
-    """A dataset whose items also have their `teacher_logits`, float32, read from a memory-mapped `.npy` file.
+    """A dataset whose items also have the teacher's logits, float32, read from a memory-mapped `.npy` file.
 
     Args:
         dataset (`Dataset`): The images.
@@ -63,6 +66,7 @@ def cache_teacher_logits(
     collate: Callable[[list[Any]], Mapping[str, torch.Tensor]],
     batch_size: int = 64,
     num_workers: int = 0,
+    computes: bool = True,
     disable_progress: bool = False,
 ) -> TeacherLogits:
     """Return `dataset` with the teacher's logits, which are computed unless `folder` has them already.
@@ -76,11 +80,15 @@ def cache_teacher_logits(
         identity (`str`): Whatever else the logits depend on: the teacher, its precision.
         collate (`Callable`): Makes a batch of a list of items.
         batch_size, num_workers (`int`, *optional*): How images are loaded for `predict`.
+        computes (`bool`, *optional*, defaults to `True`): Whether this process makes the file where it is missing,
+            or waits until another has. It waits by looking, for as long as it takes: no collective times out.
         disable_progress (`bool`, *optional*, defaults to `False`): Show no progress bar.
 
     Raises:
-        `InputError`: A stream, a dataset that can't be recognised, images that are augmented at random, logits of
-            several shapes, or a folder that can't be written to. No half-written file is left.
+        `InputError`: A stream, a dataset that can't be recognised, images that are augmented at random (as far as
+            drawing the first 16 twice shows it), logits of several shapes or of other images than were asked for, or
+            a folder that can't be written to. The file appears when it is complete; a process that is killed leaves
+            a `.tmp` file at most.
     """
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         raise InputError("cache_teacher_logits needs images with an index, not a stream. Leave it out for streams.")
@@ -90,9 +98,12 @@ def cache_teacher_logits(
             f"cache_teacher_logits can't recognise a {type(dataset).__name__} when it meets it again. Use a "
             "datasets.Dataset, or give it an attribute `fingerprint` (a string that changes with the images)."
         )
-    _require_repeatable(dataset, collate)
-    key = hashlib.sha256(f"{fingerprint} {len(dataset)} {identity}".encode()).hexdigest()[:32]
+    # The first images as they are collated tell apart collators that normalise in another way.
+    parts = fingerprint, len(dataset), identity, checksum(_first_images(dataset, collate))
+    key = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:32]
     path = os.path.join(folder, f"teacher-logits-{key}.npy")
+    while not computes and not os.path.exists(path):
+        time.sleep(0.2)
     if not os.path.exists(path):
         loader = DataLoader(
             dataset,
@@ -102,25 +113,27 @@ def cache_teacher_logits(
             generator=torch.Generator(),  # or it would draw a seed from the generator that training goes on with
         )
         batches = tqdm(loader, "Teacher's logits", unit="batch", disable=disable_progress, leave=False)
-        try:
-            os.makedirs(folder, exist_ok=True)
-            _write(path, len(dataset), (predict(batch) for batch in batches))
-        except OSError as error:
-            raise InputError(f"cache_teacher_logits can't write to {folder!r}: {reason(error)}.") from error
+        _write(path, len(dataset), batch_size, (predict(batch) for batch in batches))
     return TeacherLogits(dataset, path)
 
 
-def _write(path: str, count: int, batches: Iterator[torch.Tensor]) -> None:
+def _write(path: str, count: int, batch_size: int, batches: Iterator[torch.Tensor]) -> None:
     """Write the rows of `batches` to `path`, which appears when it is complete."""
-    handle, unfinished = tempfile.mkstemp(suffix=".tmp", dir=os.path.dirname(path))
-    os.close(handle)
+    unfinished = f"{path}.{socket.gethostname()}-{os.getpid()}.tmp"
+    rows, start = None, 0
     try:
-        rows, start = None, 0
         for logits in batches:
             logits = logits.float().cpu().numpy()
-            if rows is None:
-                shape = (count, *logits.shape[1:])
-                rows = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float32, shape=shape)
+            if len(logits) != min(batch_size, count - start):
+                raise InputError(
+                    f"cache_teacher_logits got {len(logits)} logits for {min(batch_size, count - start)} images: the "
+                    "data_collator drops or adds images. Use one that keeps them, or leave the cache out."
+                )
+            with _writing_to(path):
+                if rows is None:
+                    os.makedirs(os.path.dirname(path), exist_ok=True)
+                    shape = (count, *logits.shape[1:])
+                    rows = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float32, shape=shape)
             if logits.shape[1:] != rows.shape[1:]:
                 raise InputError(
                     f"cache_teacher_logits needs logits of one shape, got {rows.shape[1:]} and {logits.shape[1:]}. "
@@ -128,15 +141,25 @@ def _write(path: str, count: int, batches: Iterator[torch.Tensor]) -> None:
                 )
             rows[start : start + len(logits)] = logits
             start += len(logits)
-        rows.flush()
-        os.replace(unfinished, path)
+        with _writing_to(path):
+            rows.flush()
+            os.replace(unfinished, path)
     finally:
         if os.path.exists(unfinished):
             os.remove(unfinished)
 
 
-def _require_repeatable(dataset: Dataset, collate: Callable[[list[Any]], Mapping[str, torch.Tensor]]) -> None:
-    """Raise `InputError` unless the first images are the same when they are drawn again."""
+@contextlib.contextmanager
+def _writing_to(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        folder = os.path.dirname(path)
+        raise InputError(f"cache_teacher_logits can't write to {folder!r}: {reason(error)}.") from error
+
+
+def _first_images(dataset: Dataset, collate: Callable[[list[Any]], Mapping[str, torch.Tensor]]) -> torch.Tensor:
+    """Return the first images as a batch, or raise `InputError` if they are others when they are drawn again."""
     with _own_random_state():
         first, second = (
             collate([dataset[index] for index in range(min(_CHECKED, len(dataset)))])["pixel_values"] for _ in range(2)
@@ -146,6 +169,7 @@ def _require_repeatable(dataset: Dataset, collate: Callable[[list[Any]], Mapping
             "cache_teacher_logits needs the same image in every epoch, and the training images are augmented at "
             "random: turn the augmentation off, or leave the cache out."
         )
+    return first
 
 
 @contextlib.contextmanager

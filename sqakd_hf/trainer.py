@@ -27,7 +27,12 @@ from .errors import InputError
 from .hub import hub_id
 from .losses import box_loss, check_same_classes, distillation_loss, masked_mean
 from .modeling import load_teacher, num_classes, processor_of
-from .non_finite import NonFiniteError, first_non_finite
+from .non_finite import (
+    NonFiniteError,
+    first_non_finite_gradient,
+    first_non_finite_layer,
+    first_non_finite_parameter,
+)
 from .outputs import Prediction, predict
 from .push import upload_errors, weight_bytes
 from .recompute import recompute_quantized
@@ -138,7 +143,6 @@ class SQAKDTrainer(Trainer):
         self._evaluated: dict[str, _RunningMean] = {}
         # What `evaluate` measured: teacher, student, and the student before its first step.
         self.results: dict[str, dict[str, float | None]] = {}
-        self._last_batch: dict[str, Any] = {}
         self._calibrated = False
         self._format = "packed"
 
@@ -181,17 +185,17 @@ class SQAKDTrainer(Trainer):
         """Let the training images bring their teacher's logits, where `cache_teacher_logits` says so."""
         images = self.train_dataset
         if self.args.cache_teacher_logits is not None:
-            with self.args.main_process_first(desc="computing the teacher's logits"):
-                self.train_dataset = cache_teacher_logits(
-                    images,
-                    self.args.cache_teacher_logits,
-                    self._logits_to_cache,
-                    f"{self.teacher.fingerprint()} T={self.args.temperature} {self.args.output_field}",
-                    self.data_collator,
-                    self.args.per_device_eval_batch_size,
-                    self.args.dataloader_num_workers,
-                    disable_progress=self.args.disable_tqdm or not self.is_world_process_zero(),
-                )
+            self.train_dataset = cache_teacher_logits(
+                images,
+                self.args.cache_teacher_logits,
+                self._logits_to_cache,
+                f"{self.teacher.fingerprint()} T={self.args.temperature} {self.args.output_field}",
+                self.data_collator,
+                self.args.per_device_eval_batch_size,
+                self.args.dataloader_num_workers,
+                computes=self.is_local_process_zero(),
+                disable_progress=self.args.disable_tqdm or not self.is_world_process_zero(),
+            )
         try:
             yield
         finally:
@@ -265,14 +269,23 @@ class SQAKDTrainer(Trainer):
         loss = self._loss(student, teacher, mask)
         if model.training:
             self._agreement.add(_agreement(student, teacher, mask).mean())
-            self._last_batch = inputs
-            # To look at a number on an accelerator is to wait for it: there, `log` looks.
-            if loss.device.type == "cpu" and not torch.isfinite(loss):
-                self._stop_at_non_finite("The loss", loss.item())
+            self._check_loss(loss, inputs)
         return (loss, {"logits": student.logits, "teacher_logits": teacher.logits}) if return_outputs else loss
 
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute loss and gradients of a batch; on a CPU, stop where a gradient is not finite."""
+        loss = super().training_step(model, *args, **kwargs)
+        if self.args.device.type == "cpu" and not _is_sharded(self.model):
+            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if not torch.isfinite(norm) and (where := first_non_finite_gradient(self.model)) is not None:
+                self._stop_at_non_finite("The gradient's norm", norm.item(), where)
+        return loss
+
     def _predict(self, model: nn.Module, inputs: dict[str, Any]) -> Prediction:
-        return predict(model, inputs, self.args.output_field)
+        # accelerate wraps the forward of other models in autocast, but not of those that FSDP2 shards.
+        with self.accelerator.autocast():
+            return predict(model, inputs, self.args.output_field)
 
     def _loss(
         self, student: Prediction, teacher: Prediction, mask: torch.Tensor | None, reduction: str = "mean"
@@ -288,22 +301,31 @@ class SQAKDTrainer(Trainer):
             return Prediction(inputs[LOGITS])
         return self.teacher.predict(inputs, self.args.temperature, self.args.output_field)
 
-    def _stop_at_non_finite(self, what: str, value: float) -> NoReturn:
-        """Raise `NonFiniteError` that names the layer where it began."""
-        if self.args.world_size > 1:
-            self.model.eval()  # batch statistics of all processes would wait for the others
-        batch, self._last_batch = self._last_batch, {}
+    def _check_loss(self, loss: torch.Tensor, inputs: dict[str, Any]) -> None:
+        # To look at a number on an accelerator is to wait for it: there, `log` looks.
+        if loss.device.type != "cpu" or torch.isfinite(loss):
+            return
+        where = "not looked for in a model that is sharded"
+        if not _is_sharded(self.model):
+            if self.args.world_size > 1:
+                self.model.eval()  # SyncBatchNorm would wait for the other processes
+            where = first_non_finite_layer(self.model, lambda: self._predict(self.model, inputs))
+        self._stop_at_non_finite("The loss", loss.item(), where)
 
-        def forward() -> torch.Tensor:
-            student = self._predict(self.model, batch)
-            return self._loss(student, self.teacher_prediction(batch), student.mask_of(batch))
-
-        where = first_non_finite(self.model, forward)
+    def _stop_at_non_finite(self, what: str, value: float, where: str) -> NoReturn:
         raise NonFiniteError(
             f"{what} is {value} at step {self.state.global_step}. First not finite: {where}. Lower learning_rate or "
             "quantizer_learning_rate, clip gradients (max_grad_norm), or train in float32 or bf16; checkpoints of "
             "earlier steps are as they were."
         )
+
+    def _require_finite_model(self) -> None:
+        """Let no parameter that is NaN be saved or evaluated: it would take the place of the last good checkpoint."""
+        if (bad := first_non_finite_parameter(self.model)) is not None:
+            raise NonFiniteError(
+                f"The student's {bad} is not finite at step {self.state.global_step}: training met NaN or infinity "
+                "since the last log. logging_steps=1 shows the step; the last checkpoint is from before."
+            )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Group the parameters: decayed weights, other weights, and ranges with their own rate and no decay."""
@@ -337,8 +359,10 @@ class SQAKDTrainer(Trainer):
         """Add the student's agreement with its teacher, averaged since the last log, to the training logs."""
         for name, what in (("loss", "The loss"), ("grad_norm", "The gradient's norm")):
             # In fp16 the scaler skips steps whose gradient overflows.
-            if not math.isfinite(logs.get(name, 0)) and not (name == "grad_norm" and self.args.fp16):
-                self._stop_at_non_finite(what, logs[name])
+            scaled = name == "grad_norm" and self.accelerator.mixed_precision == "fp16"
+            if not math.isfinite(logs.get(name, 0)) and not scaled:
+                where = first_non_finite_parameter(self.model) or "no parameter, so it is new"
+                self._stop_at_non_finite(what, logs[name], f"{where} (some time since the last log)")
         if "loss" in logs and self._agreement:
             logs["agreement"] = round(self._agreement.pop(), 4)
         super().log(logs, *args, **kwargs)
@@ -349,6 +373,8 @@ class SQAKDTrainer(Trainer):
         """Run Trainer's loop and replace its loss by exact means over the images; labels are optional."""
         if not is_calibrated(self.model):
             raise InputError("The student has no ranges yet. Call trainer.calibrate() or trainer.train() first.")
+        if self.is_in_train:
+            self._require_finite_model()
         self._follow_first_process()  # BatchNorm's statistics are those of each process's own images
         self._evaluated = {}
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -395,6 +421,7 @@ class SQAKDTrainer(Trainer):
     # --- saving ---
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._require_finite_model()
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         if self.args.should_save and os.path.exists(state := os.path.join(folder, STATE_FILE)):
             os.remove(state)  # written last: a checkpoint that is being written again is not complete
@@ -484,14 +511,17 @@ class SQAKDTrainer(Trainer):
         Trainer's own copies the checkpoint's float latents, and a pickle with the token in it.
         """
         strategy = self.args.hub_strategy
-        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+        if strategy == HubStrategy.END:
+            return
+        gathered = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None  # by all processes
+        if not self.is_world_process_zero():
             return
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if busy and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._format = "packed"
-        self._save(self.args.output_dir)
+        self._save(self.args.output_dir, gathered)
         self.create_model_card()
         by_steps = self.args.save_strategy == SaveStrategy.STEPS
         progress = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch)}"
@@ -514,6 +544,10 @@ class SQAKDTrainer(Trainer):
             self.push_in_progress.jobs.extend(jobs)
         else:
             self.push_in_progress = PushInProgress(jobs)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def _listed(names: str | list[str] | None) -> list[str]:

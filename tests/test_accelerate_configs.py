@@ -14,6 +14,9 @@ CONFIGS = sorted((Path(__file__).parents[1] / "examples" / "accelerate_configs")
 def test_accelerate_knows_every_key(path):
     config = load_config_from_file(str(path))  # raises for keys that it does not know
     assert config.distributed_type.value in ("MULTI_GPU", "FSDP", "DEEPSPEED")
+    known = vars(launch_command_parser().parse_args(["script.py"]))
+    for section in ("fsdp_config", "deepspeed_config"):
+        assert not set(getattr(config, section)) - set(known)
     assert str(path.relative_to(path.parents[2])) in path.read_text()  # the command in its head
 
 

@@ -1,6 +1,7 @@
 import os
 import pickle
 import random
+import threading
 
 import datasets
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 from sqakd_hf import ImageTransform, InputError, SQAKDTrainer
-from sqakd_hf.teacher_cache import cache_teacher_logits
+from sqakd_hf.teacher_cache import LOGITS, cache_teacher_logits
 from tests.conftest import IMAGE_SIZE
 from tests.test_trainer import Images, ImageStream, arguments, models
 
@@ -77,7 +78,7 @@ class TestTraining:
     def test_a_collator_that_drops_them_is_an_error(self, tmp_path):
         trainer = trainer_of(tmp_path, Named())
         trainer.data_collator = lambda items: {"pixel_values": torch.stack([i["pixel_values"] for i in items])}
-        with pytest.raises(InputError, match="data_collator dropped 'teacher_logits'"):
+        with pytest.raises(InputError, match="data_collator dropped '_teacher_logits'"):
             trainer.train()
 
 
@@ -112,23 +113,29 @@ class TestDatasets:
             trainer_of(tmp_path, Images()).train()
 
 
-class TestFile:
-    def cache(self, folder, predict=lambda batch: batch["pixel_values"].mean((2, 3)), data=None):
-        def collate(items):
-            return {"pixel_values": torch.stack([item["pixel_values"] for item in items])}
+def stack(items):
+    return {"pixel_values": torch.stack([item["pixel_values"] for item in items])}
 
-        return cache_teacher_logits(data or Named(), str(folder), predict, "t", collate, 7, disable_progress=True)
+
+def mean_of(batch):
+    return batch["pixel_values"].mean((2, 3))
+
+
+class TestFile:
+    def cache(self, folder, predict=mean_of, data=None, collate=stack, **options):
+        options = {"batch_size": 7, "disable_progress": True, **options}
+        return cache_teacher_logits(data or Named(), str(folder), predict, "t", collate, **options)
 
     def test_rows_belong_to_their_images_also_after_pickling(self, tmp_path):
         cached = self.cache(tmp_path)
         expected = Images().pixels.mean((2, 3))
         for each in (cached, pickle.loads(pickle.dumps(cached))):
             assert len(each) == 24
-            assert torch.equal(torch.stack([each[i]["teacher_logits"] for i in range(24)]), expected)
+            assert torch.equal(torch.stack([each[i][LOGITS] for i in range(24)]), expected)
             rows = each.__getitems__([5, 3])
-            assert torch.equal(torch.stack([row["teacher_logits"] for row in rows]), expected[[5, 3]])
+            assert torch.equal(torch.stack([row[LOGITS] for row in rows]), expected[[5, 3]])
             assert torch.equal(rows[0]["pixel_values"], Images().pixels[5])
-        assert len(pickle.dumps(cached.__getstate__()["path"])) < 1000
+        assert len(pickle.dumps(self.cache(tmp_path, data=Named(2)))) - len(pickle.dumps(Named(2))) < 400
 
     def test_an_interrupted_computation_leaves_no_file(self, tmp_path):
         def fail(batch):
@@ -142,6 +149,43 @@ class TestFile:
         with pytest.raises(InputError, match=r"one shape, got \(3,\) and \(2,\)"):
             self.cache(tmp_path, lambda batch: torch.zeros(len(x := batch["pixel_values"]), 3 if len(x) == 7 else 2))
         assert os.listdir(tmp_path) == []
+
+    def test_a_collator_that_normalises_in_another_way_has_a_file_of_its_own(self, tmp_path):
+        first = self.cache(tmp_path)
+        second = self.cache(tmp_path, collate=lambda items: {"pixel_values": stack(items)["pixel_values"] * 2})
+        assert torch.equal(second[3][LOGITS], 2 * first[3][LOGITS])
+
+    def test_a_collator_that_drops_images_is_refused(self, tmp_path):
+        with pytest.raises(InputError, match="6 logits for 7 images: the data_collator drops or adds"):
+            self.cache(tmp_path, collate=lambda items: stack(items[:-1] if len(items) == 7 else items))
+        assert os.listdir(tmp_path) == []
+
+    def test_an_image_that_cannot_be_read_is_not_the_folders_fault(self, tmp_path):
+        def broken(batch):
+            raise OSError("cannot identify image file a.png")
+
+        with pytest.raises(OSError, match="cannot identify image file a.png"):
+            self.cache(tmp_path, broken)
+
+    def test_a_process_that_does_not_compute_waits_for_the_file(self, tmp_path):
+        waiting = []
+        thread = threading.Thread(
+            target=lambda: waiting.append(self.cache(tmp_path, predict=None, computes=False)), daemon=True
+        )
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive()
+        made = self.cache(tmp_path)
+        thread.join(10)
+        assert torch.equal(waiting[0][5][LOGITS], made[5][LOGITS])
+
+    def test_others_may_read_it(self, tmp_path):
+        mask = os.umask(0o022)
+        try:
+            path = self.cache(tmp_path).path
+        finally:
+            os.umask(mask)
+        assert os.stat(path).st_mode & 0o777 == 0o644
 
     def test_a_folder_that_cannot_be_made_is_one_sentence(self, tmp_path):
         (tmp_path / "file").write_text("")
