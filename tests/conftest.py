@@ -5,6 +5,8 @@ import os
 
 # Before any import of the Hub's client: no test may reach the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # the other cores have workers of their own
 
 import pytest
 import torch
