@@ -16,7 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy, has_length
 from transformers.utils import PushInProgress
 
 from .card import model_card
@@ -36,6 +36,7 @@ from .non_finite import (
 from .outputs import Prediction, predict
 from .push import upload_errors, weight_bytes
 from .recompute import recompute_quantized
+from .stream import EndlessStream
 from .teacher import TEACHER_DTYPES, Teacher
 from .teacher_cache import LOGITS, cache_teacher_logits
 from .training_args import SQAKDTrainingArguments
@@ -177,12 +178,12 @@ class SQAKDTrainer(Trainer):
         if not resume_from_checkpoint and not is_calibrated(self.model):
             self.calibrate()
         self.model.train()  # a student loaded from codes becomes latent before it is spread over devices
-        with self._teacher_logits_at_hand():
+        with self._images_as_trained():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @contextlib.contextmanager
-    def _teacher_logits_at_hand(self) -> Iterator[None]:
-        """Let the training images bring their teacher's logits, where `cache_teacher_logits` says so."""
+    def _images_as_trained(self) -> Iterator[None]:
+        """Let images bring their teacher's logits if `cache_teacher_logits` says so, and let streams never end."""
         images = self.train_dataset
         if self.args.cache_teacher_logits is not None:
             self.train_dataset = cache_teacher_logits(
@@ -196,6 +197,8 @@ class SQAKDTrainer(Trainer):
                 computes=self.is_local_process_zero(),
                 disable_progress=self.args.disable_tqdm or not self.is_world_process_zero(),
             )
+        elif isinstance(images, IterableDataset) and not has_length(images):
+            self.train_dataset = EndlessStream(images)
         try:
             yield
         finally:

@@ -50,7 +50,8 @@ def main() -> None:
         optim="sgd",
         logging_steps=1,
         calibration_images=16,
-        save_strategy="no",
+        save_strategy="steps" if "save_steps" in options else "no",
+        save_steps=options.get("save_steps", 500),
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
@@ -58,9 +59,10 @@ def main() -> None:
     )
     images = Images(160, augmented=options.get("augmented", False))
     trainer = SQAKDTrainer(student, teacher, args, train_dataset=images, eval_dataset=Images(17))
-    trainer.calibrate()
+    if "resume" not in options:
+        trainer.calibrate()
     left = {"calibrated": {name: value.clone() for name, value in student.state_dict().items()}}
-    trainer.train()
+    trainer.train(options.get("resume"))
     left["metrics"] = trainer.evaluate()
     left["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     left["state"] = student.state_dict()

@@ -10,9 +10,11 @@ import shutil
 import subprocess
 import sys
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import IterableDataset
 from transformers import AutoModelForImageClassification
 
 from sqakd_hf import (
@@ -132,6 +134,47 @@ def test_the_gathered_state_of_a_spread_model_is_what_gets_packed(tmp_path):
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "saved")
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(loaded(images).logits, other.model.eval()(images).logits)
+
+
+class Shuffled(IterableDataset):
+    """A stream of 20 images, in another order in each pass."""
+
+    def __init__(self):
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        images = torch.randn(20, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+        order = torch.randperm(20, generator=torch.Generator().manual_seed(self.epoch))
+        return ({"pixel_values": images[i]} for i in order)
+
+
+def hub_stream():
+    generator = torch.Generator().manual_seed(1)
+    data = datasets.Dataset.from_dict({"pixel_values": torch.randn(20, 3, 16, 16, generator=generator).tolist()})
+    return data.with_format("torch").to_iterable_dataset(num_shards=2).shuffle(seed=0, buffer_size=8)
+
+
+class TestStreams:
+    @pytest.mark.parametrize("stream", [Shuffled, hub_stream])
+    @pytest.mark.parametrize("step", [2, 6, 8], ids=["first pass", "third pass", "fourth pass"])
+    def test_a_resumed_run_finds_its_place_in_any_pass(self, tmp_path, stream, step):
+        models = []
+        for resume in (None, str(tmp_path / f"checkpoint-{step}")):
+            trainer = make_trainer(tmp_path, tiny_vit, 16, max_steps=10)
+            trainer.train_dataset = stream()
+            trainer.train(resume)
+            models.append(trainer.model.state_dict())
+        assert [name for name in models[0] if not torch.equal(models[0][name], models[1][name])] == []
+
+    def test_an_empty_stream_is_a_sentence(self, tmp_path):
+        trainer = make_trainer(tmp_path, tiny_vit, 16)
+        trainer.calibrate()
+        trainer.train_dataset = hub_stream().filter(lambda _: False)
+        with pytest.raises(InputError, match="holds none"):
+            trainer.train()
 
 
 class TestHalfWritten:

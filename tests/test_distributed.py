@@ -67,6 +67,16 @@ def test_processes_hold_the_same_bits(vit_runs):
     assert_same_bits(first["calibrated"], second["calibrated"])
 
 
+def test_two_processes_that_resume_equal_two_that_went_on(tmp_path):
+    options = {"model": "vit", "batch": 4, "accumulation": 1, "steps": 8}
+    whole, _ = run(tmp_path / "whole", 2, save_steps=3, **options)
+    resumed, other = run(tmp_path / "resumed", 2, resume=str(tmp_path / "whole" / "checkpoint-3"), **options)
+    assert_same_bits(resumed["state"], other["state"])
+    for name, tensor in whole["state"].items():
+        torch.testing.assert_close(resumed["state"][name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+    assert resumed["losses"][3:] == pytest.approx(whole["losses"][3:], rel=1e-5)
+
+
 def test_batch_statistics_and_augmented_calibration_are_those_of_the_first_process(tmp_path):
     first, second = run(tmp_path / "conv", 2, model="conv", batch=4, accumulation=1, steps=3, augmented=True)
     assert_same_bits(first["calibrated"], second["calibrated"])

@@ -16,7 +16,7 @@ ROOT = Path(sqakd_hf.__file__).parent
 # A module imports from lower layers only; the modules of the package `quantizers` count as one.
 LAYERS = [
     {"errors", "functional", "hub", "recompute"},
-    {"losses", "quantizers", "packing", "checkpoint", "models"},
+    {"losses", "quantizers", "packing", "checkpoint", "models", "stream"},
     {"metrics", "layers", "configuration", "outputs", "teacher_cache"},
     {"standardized", "multihead", "interception", "teacher", "collator"},
     {"timm_layers", "bit_layers", "trace"},
