@@ -241,10 +241,9 @@ class _FakeQuantize(torch.autograd.Function):
         qmax, delta, channel_axis, binary, clip_only = ctx.options
         want_x, want_range = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         flags = (qmax, binary, clip_only, want_x, want_range)
-        # A tensor, not a Python number: one compiled kernel serves every delta.
-        slope = grid[0].new_full((1,), delta / qmax) if delta else None
         if _is_watched():
-            slope = None if slope is None else _along(slope, x, channel_axis)
+            # Multiplied, and zero as well: where a graph depended on the number, dynamo would make it anew for others.
+            slope = _along(grid[0].new_ones(1).mul_(delta / qmax), x, channel_axis)
             columns = [_along(v, x, channel_axis) for v in grid]
             grad_x, below, above = _backward(x, grad, *columns, slope, *flags)
             if want_range:
@@ -253,6 +252,8 @@ class _FakeQuantize(torch.autograd.Function):
             flat, rows, like = _flatten(x, channel_axis)
             flat_grad, _, _ = _flatten(grad, channel_axis, like)
             columns = [_column(v, rows) for v in grid]
+            # A tensor, not a number: one compiled kernel serves every delta.
+            slope = grid[0].new_full((1,), delta / qmax) if delta else None
             grad_x, below, above = _run(_backward_flat, flat, flat_grad, *columns, slope, *flags)
             grad_x = _unflatten(grad_x, like, x, channel_axis) if want_x else None
             if want_range:

@@ -62,7 +62,7 @@ def gradients(model, images, context):
     with context:
         output = model(images)
     output.square().sum().backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @pytest.mark.parametrize(
