@@ -1,16 +1,36 @@
 """What the benchmarks share: interleaved timing, the bytes a backward keeps, and where it was measured."""
 
+import argparse
+import logging
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from sqakd_hf.recompute import recompute_quantized
+
+
+def parser_of_steps(description: str, networks: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the arguments that benchmarks of training steps share; the first three `networks` are the default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=networks[:3], choices=networks)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast of what trains, in every row")
+    return parser
+
+
+def begin(options: argparse.Namespace) -> None:
+    """Use so many threads, keep warnings quiet, and print where this is measured."""
+    torch.set_num_threads(options.threads)
+    logging.disable(logging.WARNING)
+    print(f"{machine(options.device)}{', bfloat16 autocast' if options.bf16 else ''}", flush=True)
 
 
 def interleaved(

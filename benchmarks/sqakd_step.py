@@ -10,10 +10,9 @@ divergence of a bfloat16 teacher's distribution from the same teacher's in float
 
 import argparse
 import copy
-import logging
 
 import torch
-from measure import interleaved, machine, ratios
+from measure import begin, interleaved, parser_of_steps, ratios
 from torch import nn
 from train_step import FLOAT, NETWORKS, student_of
 
@@ -25,16 +24,8 @@ FLOOR = "floor: float32 student, float32 teacher"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS)[:3], choices=NETWORKS)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--bf16", action="store_true", help="the student under bfloat16 autocast, in every row")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    logging.disable(logging.WARNING)
-    print(f"{machine(options.device)}{', bfloat16 autocast' if options.bf16 else ''}", flush=True)
+    options = parser_of_steps(__doc__, list(NETWORKS)).parse_args()
+    begin(options)
     for name in options.networks:
         measure(name, options)
 

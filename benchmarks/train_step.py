@@ -13,11 +13,10 @@ models, with the compiled float model.
 import argparse
 import contextlib
 import copy
-import logging
 from collections.abc import Callable
 
 import torch
-from measure import SavedBytes, interleaved, machine, ratios
+from measure import SavedBytes, begin, interleaved, parser_of_steps, ratios
 from peers import build_peers
 from torch import nn
 
@@ -37,19 +36,12 @@ NETWORKS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS)[:3], choices=NETWORKS)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    parser = parser_of_steps(__doc__, list(NETWORKS))
     parser.add_argument("--channels_last", action="store_true")
     parser.add_argument("--no_peers", action="store_true")
     parser.add_argument("--no_compile", action="store_true", help="leave the rows of whole compiled models out")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    logging.disable(logging.WARNING)
-    print(f"{machine(options.device)}{', bfloat16 autocast' if options.bf16 else ''}", flush=True)
+    begin(options)
     for name in options.networks:
         measure(name, options)
 

@@ -505,7 +505,7 @@ class SQAKDTrainer(Trainer):
             card.save(os.path.join(self.args.output_dir, "README.md"))
 
     def _base_model(self) -> str | None:
-        teacher = getattr(self.accelerator.unwrap_model(self.teacher.models[0]), "config", None)
+        teacher = getattr(self.teacher.models[0], "config", None)
         return hub_id(getattr(teacher, "_name_or_path", None)) or self.model.hf_quantizer.base_model
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -28,8 +28,8 @@ class SQAKDTrainingArguments(TrainingArguments):
             computed again in the backward instead of kept: the memory of the float network, more time, the same bits.
             A compiled model decides this itself.
         teacher_dtype (`str`, *optional*, defaults to `"auto"`): What the teacher's matrix products and convolutions
-            compute in: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"` for what training computes in. In bfloat16
-            the teacher takes about 0.6 of the time; benchmarks/README.md has the divergence it costs.
+            compute in: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"` for what training computes in.
+            benchmarks/README.md has the time that bfloat16 saves and the divergence it costs.
         cache_teacher_logits (`str`, *optional*): A folder for the teacher's logits of the training images: computed
             once, in the first training with this teacher and these images, and read from there after that. Images
             must be the same in every epoch; random augmentation is refused, so are streams.
