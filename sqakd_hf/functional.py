@@ -244,7 +244,8 @@ class _FakeQuantize(torch.autograd.Function):
         if _is_watched():
             # Multiplied, and zero as well: where a graph depended on the number, dynamo would make it anew for others.
             slope = _along(grid[0].new_ones(1).mul_(delta / qmax), x, channel_axis)
-            columns = [_along(v, x, channel_axis) for v in grid]
+            zero = _late_zero(grad)
+            columns = [_along(v + zero, x, channel_axis) for v in grid]
             grad_x, below, above = _backward(x, grad, *columns, slope, *flags)
             if want_range:
                 below, above = (_sum_along(v, grid[0], channel_axis) for v in (below, above))
@@ -265,6 +266,16 @@ class _FakeQuantize(torch.autograd.Function):
 def _is_watched() -> bool:
     """Tell whether single operations are wanted: by a graph that is compiled, or a mode (a FLOP counter, say)."""
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
+def _late_zero(grad: torch.Tensor) -> torch.Tensor:
+    """Return a zero, `(1,)`, that no compiler knows for one and that needs `grad`.
+
+    What it is added to stays in the backward. A compiler that splits the graph would else compute masks and codes in
+    the forward and keep them, several tensors for one `x`.
+    """
+    first = grad[(slice(0, 1),) * grad.dim()].flatten()
+    return ((first != first) & (first == first)).float()
 
 
 def _sum_along(values: torch.Tensor, like: torch.Tensor, channel_axis: int | None) -> torch.Tensor:

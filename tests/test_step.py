@@ -18,6 +18,7 @@ from sqakd_hf import (
     list_quantizers,
     quantize_model,
 )
+from sqakd_hf import models as sqakd_models
 from tests.conftest import IMAGE_SIZE, TinyConvNet, tiny_vit
 from tests.test_trainer import make_trainer
 
@@ -86,6 +87,24 @@ class TestCompiled:
         for count in (5, 12, 7, 9):
             logits_of(compiled(images[:count])).sum().backward()
         assert counter.frame_count == 2  # one for any batch
+
+    def test_the_partitioner_keeps_no_mask_of_a_quantizer_for_the_backward(self):
+        torch.manual_seed(0)
+        floats = sqakd_models.resnet20_cifar(num_classes=4)
+        images = torch.randn(4, 3, 32, 32)
+        student = copy.deepcopy(floats)
+        quantize_model(student, QuantizationConfig(quantizer="ewgs"))
+        calibrate_model(student, [images], disable_progress=True)
+
+        def masks_of(model):
+            kept = []
+            torch._dynamo.reset()
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda kept: kept):
+                torch.compile(model.train(), backend="aot_eager_decomp_partition")(images)
+            return sum(tensor.numel() for tensor in kept if tensor.dtype == torch.bool)
+
+        # The student's own are no more than the float network's (of a ReLU): 17 of that size without `_late_zero`.
+        assert masks_of(student) <= masks_of(floats) > 0
 
 
 class TestPrecision:
