@@ -1,6 +1,7 @@
 """What the benchmarks share: interleaved timing, the bytes a backward keeps, and where it was measured."""
 
 import argparse
+import contextlib
 import logging
 import os
 import platform
@@ -88,6 +89,57 @@ class SavedBytes(recompute_quantized):
     def total(self) -> int:
         """Bytes kept so far."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self._kept.values())
+
+
+def without_compiler() -> contextlib.AbstractContextManager:
+    """Run what torch would compile as it stands, as where no compiler works."""
+    return torch.compiler.set_stance("force_eager")
+
+
+class Step:
+    """A training step of `model` on one batch, by SGD.
+
+    Args:
+        model (`nn.Module`): What trains.
+        images (`torch.Tensor`): The batch.
+        loss (`Callable`): From float32 logits to the loss.
+        bf16 (`bool`, *optional*, defaults to `False`): bfloat16 autocast of the forward.
+        context (`Callable`, *optional*): Makes the context of the forward; that of `without_compiler` is the
+            backward's as well.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: torch.Tensor,
+        loss: Callable[[torch.Tensor], torch.Tensor],
+        bf16: bool = False,
+        context: Callable[[], contextlib.AbstractContextManager] | None = None,
+    ):
+        self.model, self.images, self._loss, self.bf16, self.context = model, images, loss, bf16, context
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+
+    def __call__(self) -> None:
+        whole = self.context is without_compiler
+        with self.context() if whole else contextlib.nullcontext():
+            self.loss(None if whole else self.context).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def loss(self, context: Callable[[], contextlib.AbstractContextManager] | None = None) -> torch.Tensor:
+        """Run the forward."""
+        with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.bf16):
+            with contextlib.nullcontext() if context is None else context():
+                logits = self.model(self.images)
+        return self._loss(logits.float())
+
+    def saved(self) -> int:
+        """Return the bytes that one forward keeps for its backward."""
+        with SavedBytes(self.model, recompute=self.context is recompute_quantized) as saved:
+            loss = self.loss()
+        loss.backward()
+        self.optimizer.zero_grad()
+        return saved.total
 
 
 def machine(device: str = "cpu") -> str:

@@ -12,7 +12,7 @@ import argparse
 import copy
 
 import torch
-from measure import begin, interleaved, parser_of_steps, ratios
+from measure import Step, begin, interleaved, parser_of_steps, ratios
 from torch import nn
 from train_step import FLOAT, NETWORKS, student_of
 
@@ -46,14 +46,14 @@ def measure(name: str, options: argparse.Namespace) -> None:
     }
     cached = teachers["float32 teacher"].predict({"pixel_values": images}, 4.0).logits
     steps = {
-        FLOAT: Step(model, images, options.bf16, lambda logits: nn.functional.cross_entropy(logits, labels)),
-        FLOOR: Step(copy.deepcopy(model), images, options.bf16, learn_from(teachers["float32 teacher"], images)),
+        FLOAT: Step(model, images, lambda logits: nn.functional.cross_entropy(logits, labels), options.bf16),
+        FLOOR: Step(copy.deepcopy(model), images, learn_from(teachers["float32 teacher"], images), options.bf16),
         **{
-            f"**sqakd_hf, {what}**": Step(copy.deepcopy(student), images, options.bf16, learn_from(teacher, images))
+            f"**sqakd_hf, {what}**": Step(copy.deepcopy(student), images, learn_from(teacher, images), options.bf16)
             for what, teacher in teachers.items()
         },
         "**sqakd_hf, cached logits**": Step(
-            student, images, options.bf16, lambda logits: distillation_loss(logits, cached, 4.0)
+            student, images, lambda logits: distillation_loss(logits, cached, 4.0), options.bf16
         ),
     }
     seconds = interleaved(steps, options.rounds, options.device)
@@ -70,21 +70,6 @@ def measure(name: str, options: argparse.Namespace) -> None:
 def learn_from(teacher: Teacher, images: torch.Tensor):
     """Return the SQAKD loss as a function of the student's logits; the teacher runs in each call."""
     return lambda logits: distillation_loss(logits, teacher.predict({"pixel_values": images}, 4.0).logits, 4.0)
-
-
-class Step:
-    """A training step of `model` on one batch."""
-
-    def __init__(self, model: nn.Module, images: torch.Tensor, bf16: bool, loss) -> None:
-        self.model, self.images, self.bf16, self.loss = model, images, bf16, loss
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-
-    def __call__(self) -> None:
-        with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = self.model(self.images)
-        self.loss(logits.float()).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
 
 if __name__ == "__main__":

@@ -11,12 +11,11 @@ models, with the compiled float model.
 """
 
 import argparse
-import contextlib
 import copy
-from collections.abc import Callable
+import functools
 
 import torch
-from measure import SavedBytes, begin, interleaved, parser_of_steps, ratios
+from measure import Step, begin, interleaved, parser_of_steps, ratios, without_compiler
 from peers import build_peers
 from torch import nn
 
@@ -73,10 +72,8 @@ def measure(name: str, options: argparse.Namespace) -> None:
         models[COMPILED_FLOAT] = torch.compile(copy.deepcopy(model))
         models["**torch.compile(sqakd_hf, lsq W4A4)**"] = torch.compile(student_of(model, images, "lsq", 4))
 
-    steps = {
-        row: Step(each, images, labels, options.bf16, contexts.get(row, contextlib.nullcontext))
-        for row, each in models.items()
-    }
+    loss = functools.partial(nn.functional.cross_entropy, target=labels)
+    steps = {row: Step(each, images, loss, options.bf16, contexts.get(row)) for row, each in models.items()}
     seconds = interleaved(steps, options.rounds, options.device)
     saved = {row: step.saved() for row, step in steps.items()}
     unit = sum(seconds[FLOAT]) / options.rounds
@@ -97,41 +94,6 @@ def student_of(model: nn.Module, images: torch.Tensor, method: str, bits: int) -
     quantize_model(student, config)
     calibrate_model(student, [images], disable_progress=True)
     return student.train()
-
-
-def without_compiler() -> contextlib.AbstractContextManager:
-    """Run what torch would compile as it stands, as where no compiler works."""
-    return torch.compiler.set_stance("force_eager")
-
-
-class Step:
-    """A training step of `model` on one batch, and what it keeps for the backward."""
-
-    def __init__(
-        self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, bf16: bool, context: Callable
-    ) -> None:
-        self.model, self.images, self.labels, self.bf16, self.context = model, images, labels, bf16, context
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-
-    def __call__(self) -> None:
-        # Where the compiler is turned off, for the backward too.
-        with self.context() if self.context is without_compiler else contextlib.nullcontext():
-            self.loss(contextlib.nullcontext() if self.context is without_compiler else self.context()).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def loss(self, context: contextlib.AbstractContextManager) -> torch.Tensor:
-        with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.bf16):
-            with context:
-                logits = self.model(self.images)
-            return nn.functional.cross_entropy(logits.float(), self.labels)
-
-    def saved(self) -> int:
-        with SavedBytes(self.model, recompute=self.context is recompute_quantized) as saved:
-            loss = self.loss(contextlib.nullcontext())
-        loss.backward()
-        self.optimizer.zero_grad()
-        return saved.total
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ class QuantizedLayer(nn.Module):
     channel_axis = 0
     takes_activations = True  # False: the input holds indices, nothing to quantize
     weight_is_on_grid = False
+    shared_weight: torch.Tensor | None = None  # set while several batches share one quantization, see accumulation.py
     weight_quantizer: FakeQuantizer
     input_quantizer: FakeQuantizer | None
 
@@ -116,6 +117,8 @@ class QuantizedLayer(nn.Module):
 
     def quantized_weight(self) -> torch.Tensor:
         """Fake-quantize the layer's weight."""
+        if self.shared_weight is not None:
+            return self.shared_weight
         return self.stored_weight if self.weight_is_on_grid else self.weight_quantizer(self.float_weight())
 
     # --- codes ---

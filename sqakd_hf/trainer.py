@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy, has_length
 from transformers.utils import PushInProgress
 
+from .accumulation import SharedWeights
 from .card import model_card
 from .checkpoint import STATE_FILE, is_complete, last_checkpoint
 from .collator import ImageCollator
@@ -178,6 +179,7 @@ class SQAKDTrainer(Trainer):
         if not resume_from_checkpoint and not is_calibrated(self.model):
             self.calibrate()
         self.model.train()  # a student loaded from codes becomes latent before it is spread over devices
+        self._shared_weights = SharedWeights(self.model)
         with self._images_as_trained():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -277,13 +279,25 @@ class SQAKDTrainer(Trainer):
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute loss and gradients of a batch; on a CPU, stop where a gradient is not finite."""
-        loss = super().training_step(model, *args, **kwargs)
+        with self._weights_quantized_once():
+            loss = super().training_step(model, *args, **kwargs)
         if self.args.device.type == "cpu" and not _is_sharded(self.model):
             gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
             if not torch.isfinite(norm) and (where := first_non_finite_gradient(self.model)) is not None:
                 self._stop_at_non_finite("The gradient's norm", norm.item(), where)
         return loss
+
+    def _weights_quantized_once(self) -> contextlib.AbstractContextManager:
+        """Share the quantized weights between the batches whose gradients are accumulated."""
+        # A compiled model decides itself what is computed when; sharded weights are whole only while they are used.
+        compiled = self._compile_options() is not None
+        if self.args.gradient_accumulation_steps == 1 or compiled or self._shards_weights():
+            return contextlib.nullcontext()
+        return self._shared_weights.batch(is_last=self.accelerator.sync_gradients)
+
+    def _shards_weights(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled or _is_sharded(self.model)
 
     def _predict(self, model: nn.Module, inputs: dict[str, Any]) -> Prediction:
         # accelerate wraps the forward of other models in autocast, but not of those that FSDP2 shards.

@@ -44,10 +44,11 @@ def vit_runs(tmp_path_factory):
         "1 x 8": run(folder / "one", 1, model="vit", batch=8, accumulation=1),
         "2 x 4": run(folder / "two", 2, model="vit", batch=4, accumulation=1),
         "accumulation 2 x 4": run(folder / "accumulated", 1, model="vit", batch=4, accumulation=2),
+        "2 x accumulation 2 x 2": run(folder / "both", 2, model="vit", batch=2, accumulation=2),
     }
 
 
-@pytest.mark.parametrize("name", ["2 x 4", "accumulation 2 x 4"])
+@pytest.mark.parametrize("name", ["2 x 4", "accumulation 2 x 4", "2 x accumulation 2 x 2"])
 def test_twenty_steps_equal_those_of_one_process(vit_runs, name):
     (expected,), (found, *_) = vit_runs["1 x 8"], vit_runs[name]
     assert len(expected["losses"]) == 20
