@@ -180,6 +180,8 @@ class SQAKDTrainer(Trainer):
             self.calibrate()
         self.model.train()  # a student loaded from codes becomes latent before it is spread over devices
         self._shared_weights = SharedWeights(self.model)
+        if self.model_wrapped is self.model:
+            _forget_preparation(self.model)
         with self._images_as_trained():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -561,6 +563,17 @@ class SQAKDTrainer(Trainer):
             self.push_in_progress.jobs.extend(jobs)
         else:
             self.push_in_progress = PushInProgress(jobs)
+
+
+def _forget_preparation(model: nn.Module) -> None:
+    """Let accelerate prepare `model` for training, whatever it was prepared for before.
+
+    It marks a model that it prepared for evaluation, copies of it included, and would leave a marked one as it is: not
+    wrapped in DDP, so that each process trains a student of its own.
+    """
+    state = vars(model)
+    if state.pop("_is_accelerate_prepared", False) and "_original_forward" in state:
+        model.forward = state.pop("_original_forward")
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -61,6 +61,7 @@ def main() -> None:
     trainer = SQAKDTrainer(student, teacher, args, train_dataset=images, eval_dataset=Images(17))
     if "resume" not in options:
         trainer.calibrate()
+        trainer.evaluate()  # accelerate prepares the model for that, and must prepare it again for training
     left = {"calibrated": {name: value.clone() for name, value in student.state_dict().items()}}
     trainer.train(options.get("resume"))
     left["metrics"] = trainer.evaluate()
