@@ -34,6 +34,7 @@ from .non_finite import (
     first_non_finite_layer,
     first_non_finite_parameter,
 )
+from .objective import FEATURE_TERMS, Features, parse_objective, total_loss
 from .outputs import Prediction, predict
 from .push import upload_errors, weight_bytes
 from .recompute import recompute_quantized
@@ -46,6 +47,7 @@ from .training_args import SQAKDTrainingArguments
 ARGUMENTS_FILE = "training_args.json"
 # What a reader of the card wants to know; all arguments are in ARGUMENTS_FILE.
 CARD_ARGUMENTS = (
+    "objective",
     "temperature",
     "learning_rate",
     "quantizer_learning_rate",
@@ -141,6 +143,8 @@ class SQAKDTrainer(Trainer):
         self.teacher = Teacher(
             teachers, args.device, self._teacher_dtype(), args.channels_last, compile_options=self._compile_options()
         )
+        self._objective = parse_objective(args.objective)
+        self._feature_terms: Features | None = None
         self._agreement = _RunningMean()
         self._evaluated: dict[str, _RunningMean] = {}
         # What `evaluate` measured: teacher, student, and the student before its first step.
@@ -265,15 +269,28 @@ class SQAKDTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return `T² · KL(teacher ‖ student)`, the mean over the batch; with `return_outputs` also the logits."""
+        """Return `args.objective`, the mean over the batch; with `return_outputs` also the logits.
+
+        By default that is `T² · KL(teacher ‖ student)`.
+        """
         saving = self.args.activation_memory == "low"
-        with recompute_quantized() if saving else contextlib.nullcontext():
-            student = self._predict(model, inputs)
         if model.training and self.args.cache_teacher_logits is not None and LOGITS not in inputs:
             raise InputError(f"The data_collator dropped {LOGITS!r}, which cache_teacher_logits adds to each image.")
-        teacher = self.teacher_prediction(inputs)
-        mask = student.mask_of(inputs)
-        loss = self._loss(student, teacher, mask)
+        with contextlib.ExitStack() as stack:
+            features = self._features(inputs)
+            for context in () if features is None else features.listening():
+                stack.enter_context(context)
+            with recompute_quantized() if saving else contextlib.nullcontext():
+                student = self._predict(model, inputs)
+            teacher = self.teacher_prediction(inputs)
+            mask = student.mask_of(inputs)
+            loss = total_loss(
+                self._objective,
+                lambda: self._loss(student, teacher, mask),
+                student,
+                inputs.get("labels"),
+                features,
+            )
         if model.training:
             self._agreement.add(_agreement(student, teacher, mask).mean())
             self._check_loss(loss, inputs)
@@ -289,6 +306,19 @@ class SQAKDTrainer(Trainer):
             if not torch.isfinite(norm) and (where := first_non_finite_gradient(self.model)) is not None:
                 self._stop_at_non_finite("The gradient's norm", norm.item(), where)
         return loss
+
+    def _features(self, inputs: dict[str, Any]) -> Features | None:
+        """Return the feature terms of the objective, if it has any; the first batch shows where features are."""
+        names = [term.name for term in self._objective if term.name in FEATURE_TERMS]
+        if not names:
+            return None
+        if self._feature_terms is None:
+            if len(self.teacher.models) > 1 or self._shards_weights():
+                why = "shards its weights" if self._shards_weights() else "has several teachers"
+                raise InputError(f"The objective {self.args.objective!r} compares features, but this run {why}.")
+            teacher = self.teacher.models[0]
+            self._feature_terms = Features(names, self.model, teacher, inputs, self.args.feature_layer)
+        return self._feature_terms
 
     def _weights_quantized_once(self) -> contextlib.AbstractContextManager:
         """Share the quantized weights between the batches whose gradients are accumulated."""

@@ -6,6 +6,7 @@ from transformers import TrainingArguments
 
 from .errors import InputError, quote
 from .losses import check_temperature
+from .objective import FEATURE_TERMS, LATTICE, parse_objective
 from .teacher import TEACHER_DTYPES
 
 
@@ -35,6 +36,13 @@ class SQAKDTrainingArguments(TrainingArguments):
             must be the same in every epoch; random augmentation is refused, so are streams.
         channels_last (`bool`, *optional*, defaults to `False`): Keep images and kernels of student and teacher in
             channels-last memory format: faster convolutions on most hardware, the same numbers up to rounding.
+        objective (`str`, *optional*, defaults to `"kl"`): What training minimises: the divergence of SQAKD, `"kl"`,
+            or, to compare with it, a sum with weights such as `"ce"` (labelled training), `"ce + kl"`,
+            `"ce + 1000*at"`. `ce` is the cross-entropy with the labels and the only term that reads them; `fitnet`,
+            `at`, `sp`, `nst`, `rkd`, `cc`, `pkt`, `fsp` and `squat` compare features with a teacher of the student's
+            architecture, see [`~sqakd_hf.feature_losses`]. Evaluation reports the divergence all the same.
+        feature_layer (`str`, *optional*): The layer whose quantized input the term `squat` compares; by default the
+            last block's last but one, see [`~sqakd_hf.features.find_lattice_layer`].
         output_field (`str`, *optional*): Which of a model's outputs are the class logits, where it has several heads:
             a name such as `"class_queries_logits"`, or a number where it returns a tuple.
     """
@@ -73,6 +81,12 @@ class SQAKDTrainingArguments(TrainingArguments):
     channels_last: bool = field(
         default=False, metadata={"help": "Keep images and kernels in channels-last memory format."}
     )
+    objective: str = field(
+        default="kl", metadata={"help": "What training minimises, such as kl (SQAKD), ce (labels) or ce + 0.5*kl."}
+    )
+    feature_layer: str | None = field(
+        default=None, metadata={"help": "Layer whose quantized input the term squat of the objective compares."}
+    )
     output_field: str | None = field(
         default=None, metadata={"help": "Which output holds the class logits, for models with several heads."}
     )
@@ -90,5 +104,11 @@ class SQAKDTrainingArguments(TrainingArguments):
             raise InputError(
                 f"teacher_dtype must be 'auto' or one of {quote(TEACHER_DTYPES)}, got {self.teacher_dtype!r}."
             )
+        features = {term.name for term in parse_objective(self.objective)} & set(FEATURE_TERMS)
+        if features and (self.cache_teacher_logits is not None or self.torch_compile):
+            option = "torch_compile" if self.torch_compile else "cache_teacher_logits"
+            raise InputError(f"The objective {self.objective!r} looks into the teacher: it can't go with {option}.")
+        if self.feature_layer is not None and LATTICE not in features:
+            raise InputError(f"feature_layer belongs to the term 'squat', which {self.objective!r} has not.")
         if self.activation_memory not in ("normal", "low"):
             raise InputError(f"activation_memory must be 'normal' or 'low', got {self.activation_memory!r}.")

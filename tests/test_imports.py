@@ -16,14 +16,14 @@ ROOT = Path(sqakd_hf.__file__).parent
 # A module imports from lower layers only; the modules of the package `quantizers` count as one.
 LAYERS = [
     {"errors", "functional", "hub", "recompute"},
-    {"losses", "quantizers", "packing", "checkpoint", "models", "stream"},
+    {"losses", "feature_losses", "quantizers", "packing", "checkpoint", "models", "stream"},
     {"metrics", "layers", "configuration", "outputs", "teacher_cache"},
     {"standardized", "multihead", "interception", "teacher", "collator", "accumulation"},
     {"timm_layers", "bit_layers", "trace"},
     {"plan"},
-    {"convert", "manifest", "report", "transforms", "sources"},
-    {"data", "modeling", "card", "training_args", "interrupt", "non_finite"},
-    {"push"},
+    {"convert", "manifest", "report", "transforms", "sources", "features"},
+    {"data", "modeling", "card", "interrupt", "non_finite", "objective"},
+    {"training_args", "push"},
     {"hf_quantizer"},
     {"trainer"},
     {"__init__"},

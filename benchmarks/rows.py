@@ -1,0 +1,262 @@
+"""One row of a table of accuracies: a student, how it trains, and what came of it, kept in a JSON file.
+
+A row is trained once: its file is read from then on. Several processes can fill one folder; each takes rows that no
+other is at.
+"""
+
+import contextlib
+import copy
+import fcntl
+import functools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import machine
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+
+from sqakd_hf import (
+    ImageCollator,
+    ImageTransform,
+    QuantizationConfig,
+    SQAKDTrainer,
+    SQAKDTrainingArguments,
+    build_model,
+    load_image_data,
+    load_teacher,
+    quantize_model,
+)
+from sqakd_hf.modeling import preprocessing
+from sqakd_hf.teacher import Teacher
+
+
+SIZE, BATCH, CLASSES = 28, 64, 10
+# The learning rates of benchmarks/reproduction.py's table "tuning": the best on held-out images for each objective.
+HELD_OUT = 5000
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a row trains, on Fashion-MNIST. Fields at their defaults do not appear in its name.
+
+    Args:
+        quantizer, bits: Weights and activations have the same bits; the first and the last layer have 8.
+        objective: See `SQAKDTrainingArguments`.
+        seed: Of the training images, the teacher, the order of the batches and the test of everything else.
+        learning_rate: Of the weights; ranges have a hundredth.
+        model: timm's name.
+        epochs, images: Of the student's training; the teacher has the same images.
+        share: The part of the images that the student sees; its number of steps stays that of all of them.
+        augment: See `ImageTransform`.
+        on_held_out: Measure on `HELD_OUT` training images that nobody else sees, instead of the test images.
+        teacher_epochs: Of the teacher, augmented by crop-flip.
+        quantizer_kwargs, training: Further options of the quantizer and of the training, as JSON.
+    """
+
+    quantizer: str
+    bits: int
+    objective: str
+    seed: int
+    learning_rate: float = 3e-3
+    model: str = "test_resnet"
+    epochs: int = 10
+    images: int = 10_000
+    share: float = 1.0
+    augment: str = "none"
+    on_held_out: bool = False
+    teacher_epochs: int = 20
+    quantizer_kwargs: str = "{}"
+    training: str = "{}"
+
+    @property
+    def name(self) -> str:
+        """The name of the row's file."""
+        parts = [self.model, self.quantizer, f"w{self.bits}a{self.bits}", self.objective]
+        for item in fields(self)[4:]:
+            value = getattr(self, item.name)
+            if value != item.default and item.name not in ("model",):
+                parts.append(f"{item.name}={value}")
+        text = "-".join([*parts, f"seed={self.seed}"])
+        return "".join(letter for letter in text if letter.isalnum() or letter in "=-.+*_,:").replace(":", "=")
+
+
+@dataclass
+class Rows:
+    """The rows in one folder, and the teachers that they share."""
+
+    folder: Path
+    teachers: Path = field(default=Path("outputs/reproduction/teachers"))
+
+    def read(self, row: Row) -> dict[str, Any] | None:
+        """Return the row's results, or `None` before it was run."""
+        path = self.folder / f"{row.name}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def run(self, row: Row) -> bool:
+        """Train the row unless its results exist or another process is at it; tell whether they exist."""
+        if self.read(row) is not None:
+            return True
+        with _alone(self.teachers.parent / "locks" / row.name) as alone:
+            if alone and self.read(row) is None:
+                result = {"row": asdict(row), **self._train(row)}
+                path = self.folder / f"{row.name}.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.with_suffix(".part").write_text(json.dumps(result, indent=1) + "\n")
+                path.with_suffix(".part").rename(path)
+        return alone
+
+    def _train(self, row: Row) -> dict[str, Any]:
+        start = time.time()
+        teacher = self.teacher(row)
+        data = images_of(row.seed, row.images)
+        student = copy.deepcopy(teacher)
+        config = QuantizationConfig(
+            row.quantizer,
+            weight_bits=row.bits,
+            activation_bits=row.bits,
+            quantizer_kwargs=json.loads(row.quantizer_kwargs),
+        )
+        quantize_model(student, config)
+        train = data.train(row.augment, round(row.share * row.images))
+        steps = row.epochs * -(-row.images // BATCH)
+        folder = self.teachers.parent / "runs" / row.name
+        cached = row.augment == "none" and row.objective in ("kl", "ce", "ce + kl")
+        args = SQAKDTrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            learning_rate=row.learning_rate,
+            objective=row.objective,
+            cache_teacher_logits=str(folder / "logits") if cached else None,
+            **common(row.seed),
+            **json.loads(row.training),
+        )
+        trainer = SQAKDTrainer(student, teacher, args, train_dataset=train)
+        trainer.remove_callback(PrinterCallback)
+        trainer.calibrate()
+        test = data.held_out if row.on_held_out else data.test
+        before = trainer.evaluate(test)
+        trained = time.time()
+        trainer.train()
+        seconds = time.time() - trained
+        after = trainer.evaluate(test)
+        names = {"accuracy": "eval_accuracy", "agreement": "eval_agreement", "kl": "eval_loss"}
+        return {
+            "teacher": trainer.results["teacher"],
+            "calibrated": {name: before[key] for name, key in names.items()},
+            "student": {name: after[key] for name, key in names.items()},
+            "curve": [
+                {key: entry[key] for key in ("step", "loss", "agreement")}
+                for entry in trainer.state.log_history
+                if "loss" in entry
+            ],
+            "steps": steps,
+            "seconds": round(seconds),
+            "seconds_with_all": round(time.time() - start),
+            "teacher_fingerprint": Teacher([teacher], torch.device("cpu")).fingerprint()[:16],
+            "machine": machine(),
+        }
+
+    def teacher(self, row: Row) -> nn.Module:
+        """Return the teacher of the row's model, seed and images: trained once, with labels."""
+        folder = self.teachers / f"{row.model}-{row.images}x{row.teacher_epochs}-{row.seed}"
+        with _alone(folder.with_suffix(".lock"), wait=True):
+            if not (folder / "config.json").exists():
+                set_seed(row.seed)
+                model = build_model(f"timm/{row.model}", CLASSES, image_size=SIZE)
+                args = TrainingArguments(
+                    output_dir=str(folder),
+                    num_train_epochs=row.teacher_epochs,
+                    learning_rate=5e-3,
+                    warmup_steps=0.1,
+                    weight_decay=0.01,
+                    **common(row.seed),
+                )
+                data = images_of(row.seed, row.images)
+                Trainer(model, args, train_dataset=data.train("crop-flip"), data_collator=ImageCollator()).train()
+                model.save_pretrained(folder)
+        return load_teacher(str(folder))
+
+
+def common(seed: int) -> dict[str, Any]:
+    """Return the training arguments that teachers and students share."""
+    return {
+        "per_device_train_batch_size": BATCH,
+        "per_device_eval_batch_size": 250,
+        "lr_scheduler_type": "cosine",
+        "logging_strategy": "steps",
+        "logging_steps": 100,
+        "save_strategy": "no",
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "seed": seed,
+    }
+
+
+class Preloaded(Dataset):
+    """Images as the network takes them, in memory."""
+
+    def __init__(self, dataset) -> None:
+        self.fingerprint = dataset._fingerprint
+        self.items = [dataset[i] for i in range(len(dataset))]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.items[index]
+
+
+class Images:
+    """Fashion-MNIST for one seed: training images drawn by it, held-out ones beside them, and all test images."""
+
+    def __init__(self, seed: int, count: int) -> None:
+        data = load_image_data("fashion_mnist", seed=seed)
+        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed)).tolist()
+        self._train, self._held_out, self._test = data.train, order[-HELD_OUT:], data.test
+        self._order = order[: min(count, len(order) - HELD_OUT)]
+        self._transform = functools.partial(ImageTransform, SIZE, *_normalisation())
+
+    def train(self, augment: str, count: int | None = None) -> Dataset:
+        """Return the first `count` training images, all by default."""
+        images = self._train.select(self._order[:count]).with_transform(self._transform(augment=augment))
+        return Preloaded(images) if augment == "none" else images
+
+    @functools.cached_property
+    def held_out(self) -> Dataset:
+        """Images for choosing a learning rate."""
+        return Preloaded(self._train.select(self._held_out).with_transform(self._transform()))
+
+    @functools.cached_property
+    def test(self) -> Dataset:
+        """All test images."""
+        return Preloaded(self._test.with_transform(self._transform()))
+
+
+images_of = functools.lru_cache(maxsize=1)(Images)
+
+
+def _normalisation() -> tuple[tuple[float, ...], tuple[float, ...]]:
+    expected = preprocessing(build_model("timm/test_resnet", CLASSES, image_size=SIZE))
+    return expected.mean, expected.std
+
+
+@contextlib.contextmanager
+def _alone(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Context that one process is in at a time; the others wait, or get `False`. A killed process lets go."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
