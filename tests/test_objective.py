@@ -1,0 +1,183 @@
+"""What training minimises: the divergence alone, or sums to compare it with."""
+
+import copy
+import tempfile
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sqakd_hf import InputError, SQAKDTrainer, distillation_loss
+from sqakd_hf.features import find_lattice_layer, find_stages
+from sqakd_hf.objective import FEATURE_TERMS, TERMS, parse_objective
+from tests.conftest import TinyConvNet, tiny_vit
+from tests.test_trainer import Images, arguments, assert_same_state, make_trainer, models, timm_resnet
+
+
+class TestParsing:
+    def test_sums_have_weights(self):
+        assert parse_objective("kl") == ((1, "kl"),)
+        assert parse_objective(" 0.5 * ce+2e3*at + kl") == ((0.5, "ce"), (2000, "at"), (1, "kl"))
+
+    @pytest.mark.parametrize(
+        "text", ["", "mse", "kl +", "0*kl", "-1*kl", "nan*kl", "inf*kl", "2 kl", "kl*2", "2**kl", "x*kl", None, 3]
+    )
+    def test_what_is_no_sum_of_known_terms_is_refused(self, text, tmp_path):
+        with pytest.raises(InputError, match="objective must be a sum such as"):
+            arguments(tmp_path, objective=text)
+
+    def test_a_close_name_is_suggested(self):
+        with pytest.raises(InputError, match="Did you mean 'squat'"):
+            parse_objective("kl + squad")
+
+    def test_a_term_twice_is_refused(self):
+        with pytest.raises(InputError, match="twice"):
+            parse_objective("kl + ce + 2*kl")
+
+    def test_options_that_do_not_go_together_are_refused(self, tmp_path):
+        with pytest.raises(InputError, match="can't go with cache_teacher_logits"):
+            arguments(tmp_path, objective="kl + at", cache_teacher_logits=str(tmp_path))
+        with pytest.raises(InputError, match="can't go with torch_compile"):
+            arguments(tmp_path, objective="kl + at", torch_compile=True)
+        with pytest.raises(InputError, match="feature_layer belongs to the term 'squat'"):
+            arguments(tmp_path, feature_layer="stem")
+
+
+def gradient_of(trainer, batch):
+    """Return loss and gradients of one training batch."""
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model.train(), dict(batch))
+    loss.backward()
+    return loss, [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
+
+
+@pytest.fixture
+def batch():
+    images = Images(8, labelled=True)
+    return {"pixel_values": images.pixels, "labels": torch.tensor(images.labels)}
+
+
+class TestTerms:
+    def test_labels_alone_are_ordinary_training(self, tmp_path, batch):
+        trainer = make_trainer(tmp_path, objective="ce", labelled=True)
+        trainer.calibrate()
+        loss, _ = gradient_of(trainer, batch)
+        expected = F.cross_entropy(trainer.model(batch["pixel_values"]), batch["labels"])
+        torch.testing.assert_close(loss, expected)
+
+    def test_weights_add_up(self, tmp_path, batch):
+        trainer = make_trainer(tmp_path, objective="0.25*ce + 2*kl", labelled=True)
+        trainer.calibrate()
+        loss, _ = gradient_of(trainer, batch)
+        logits = trainer.model(batch["pixel_values"])
+        teacher = trainer.teacher.models[0](batch["pixel_values"])
+        expected = 0.25 * F.cross_entropy(logits, batch["labels"]) + 2 * distillation_loss(logits, teacher)
+        torch.testing.assert_close(loss, expected)
+
+    def test_without_labels_the_term_of_labels_is_refused(self, tmp_path):
+        trainer = make_trainer(tmp_path, objective="ce + kl")
+        with pytest.raises(InputError, match="bring no labels"):
+            trainer.train()
+
+    def test_evaluation_reports_the_divergence_whatever_training_minimises(self, tmp_path):
+        found = []
+        for objective in ("kl", "ce"):
+            trainer = make_trainer(tmp_path / objective, objective=objective, labelled=True)
+            trainer.calibrate()
+            found.append(trainer.evaluate()["eval_loss"])
+        assert found[0] == found[1]
+
+    @pytest.mark.parametrize("build", [timm_resnet, tiny_vit], ids=["resnet", "vit"])
+    @pytest.mark.parametrize("name", FEATURE_TERMS)
+    def test_feature_terms_train_and_change_the_result(self, name, build, tmp_path):
+        size = 32 if build is timm_resnet else 16
+        results = []
+        for objective in ("kl", f"kl + 10*{name}"):
+            trainer = make_trainer(tmp_path / objective[:4], build, objective=objective, size=size, max_steps=2)
+            trainer.train()
+            results.append(trainer.model)
+        with pytest.raises(AssertionError):
+            assert_same_state(*results)
+
+    def test_flow_without_two_stages_is_refused(self, tmp_path):
+        with pytest.raises(InputError, match="'fsp' compares stages behind the stem"):
+            make_trainer(tmp_path, objective="fsp").train()
+
+    def test_feature_terms_leave_no_tensors_behind(self, tmp_path):
+        trainer = make_trainer(tmp_path, timm_resnet, objective="at + squat", size=32, max_steps=1)
+        trainer.train()
+        assert trainer._feature_terms is not None
+        assert not any(tap.features for tap in trainer._feature_terms._taps)
+
+    def test_a_teacher_of_another_architecture_is_refused(self, tmp_path):
+        student, _ = models(TinyConvNet)
+        teacher = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+        trainer = SQAKDTrainer(student, teacher, arguments(tmp_path, objective="kl + at"), Images())
+        with pytest.raises(InputError, match="module by module"):
+            trainer.train()
+
+    def test_several_teachers_are_refused(self, tmp_path):
+        student, teacher = models(TinyConvNet)
+        teachers = [teacher, copy.deepcopy(teacher)]
+        trainer = SQAKDTrainer(student, teachers, arguments(tmp_path, objective="kl + at"), Images())
+        with pytest.raises(InputError, match="has several teachers"):
+            trainer.train()
+
+    def test_what_the_student_can_not_represent_is_not_asked_of_it(self, tmp_path, batch):
+        # The student as calibrated, in float but for one layer: its codes there are those of the teacher's features.
+        trainer = make_trainer(tmp_path, timm_resnet, objective="squat", size=32)
+        trainer.calibrate()
+        layer = find_lattice_layer(trainer.model)
+        for name, module in trainer.model.named_modules():
+            if hasattr(module, "weight_quantizer"):
+                module.weight_is_on_grid = True
+                module.input_quantizer = module.input_quantizer if name == layer else None
+        for module in trainer.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        terms = trainer._features({"pixel_values": images})
+        with terms.listening()[0] as student, terms.listening()[1] as teacher:
+            trainer.model(images)
+            trainer.teacher.models[0](images)
+            assert student and teacher
+            assert terms.loss("squat").item() == 0
+
+
+class TestFeatures:
+    def test_stages_of_a_resnet_are_its_stages(self):
+        model = timm_resnet().timm_model
+        stages = find_stages(model.eval(), {"pixel_values": torch.randn(1, 3, 32, 32)})
+        assert stages == ["act1", "layer1", "layer2", "layer3", "layer4"]
+        assert not any(module._forward_hooks for module in model.modules())
+
+    def test_the_stage_of_a_vit_is_its_last_tokens(self):
+        assert find_stages(tiny_vit().eval(), {"pixel_values": torch.randn(1, 3, 16, 16)})[-1] == "vit.layernorm"
+
+    def test_a_model_without_features_is_refused(self):
+        with pytest.raises(InputError, match="no feature maps"):
+            find_stages(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), {"pixel_values": torch.randn(2, 3, 2, 2)})
+
+    @pytest.mark.parametrize(
+        ("build", "layer"),
+        [
+            (timm_resnet, "timm_model.layer4.0.conv2"),
+            (tiny_vit, "vit.layers.1.mlp.fc1"),
+            (TinyConvNet, "body.3"),
+        ],
+    )
+    def test_the_lattice_layer_is_that_of_the_last_block(self, build, layer):
+        student, _ = models(build)
+        assert find_lattice_layer(student) == layer
+
+    def test_a_layer_of_ones_own_choice_must_be_quantized(self):
+        student, _ = models(TinyConvNet)
+        assert find_lattice_layer(student, "body.0") == "body.0"
+        with pytest.raises(InputError, match="Did you mean 'body.3'"):
+            find_lattice_layer(student, "body.33")
+
+
+def test_every_term_is_documented_in_the_arguments():
+    text = type(arguments(tempfile.mkdtemp())).__doc__
+    assert all(f"`{term}`" in text for term in TERMS if term != "kl")
