@@ -39,6 +39,8 @@ from sqakd_hf.teacher import Teacher
 SIZE, BATCH, CLASSES = 28, 64, 10
 # The learning rates of benchmarks/reproduction.py's table "tuning": the best on held-out images for each objective.
 HELD_OUT = 5000
+# Augmentations that are done in memory: pixels by which an image is shifted at most, after it was mirrored or not.
+SHIFTS = {"none": 0, "crop-flip": SIZE // 8}
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,9 @@ class Row:
     epochs: int = 10
     images: int = 10_000
     share: float = 1.0
-    augment: str = "none"
+    augment: str = "crop-flip"
     on_held_out: bool = False
-    teacher_epochs: int = 20
+    teacher_epochs: int = 40
     quantizer_kwargs: str = "{}"
     training: str = "{}"
 
@@ -202,17 +204,30 @@ def common(seed: int) -> dict[str, Any]:
 
 
 class Preloaded(Dataset):
-    """Images as the network takes them, in memory."""
+    """Images as the network takes them, in memory; with `shift`, mirrored at random and shifted by so many pixels.
 
-    def __init__(self, dataset) -> None:
+    That is `ImageTransform(augment="crop-flip")`, of tensors instead of files.
+    """
+
+    def __init__(self, dataset, shift: int = 0) -> None:
         self.fingerprint = dataset._fingerprint
+        self.shift = shift
         self.items = [dataset[i] for i in range(len(dataset))]
+        if shift:
+            for item in self.items:
+                item["pixel_values"] = nn.functional.pad(item["pixel_values"], (shift,) * 4, mode="reflect")
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.items[index]
+        item = self.items[index]
+        if not self.shift:
+            return item
+        top, left = torch.randint(2 * self.shift + 1, (2,)).tolist()
+        mirrored = torch.rand(1).item() < 0.5
+        pixels = item["pixel_values"][:, top : top + SIZE, left : left + SIZE]
+        return {**item, "pixel_values": pixels.flip(2) if mirrored else pixels}
 
 
 class Images:
@@ -227,8 +242,10 @@ class Images:
 
     def train(self, augment: str, count: int | None = None) -> Dataset:
         """Return the first `count` training images, all by default."""
-        images = self._train.select(self._order[:count]).with_transform(self._transform(augment=augment))
-        return Preloaded(images) if augment == "none" else images
+        images = self._train.select(self._order[:count])
+        if augment in SHIFTS:
+            return Preloaded(images.with_transform(self._transform()), SHIFTS[augment])
+        return images.with_transform(self._transform(augment=augment))
 
     @functools.cached_property
     def held_out(self) -> Dataset:

@@ -63,6 +63,9 @@ class ScriptArguments:
     teacher: str | None = field(
         default=None, metadata={"help": "a trained model to distil from; otherwise one is fine-tuned first"}
     )
+    label_column: str | None = field(
+        default=None, metadata={"help": "column of the labels, where a dataset has several"}
+    )
     image_size: int | None = field(default=None, metadata={"help": "side in pixels; default: per model and dataset"})
     model_args: str = field(default="{}", metadata={"help": 'JSON arguments of the architecture: {"patch_size": 4}'})
     augment: str | None = field(
@@ -77,6 +80,16 @@ class ScriptArguments:
     )
     teacher_epochs: float = field(default=8.0, metadata={"help": "epochs to fine-tune a teacher"})
     teacher_learning_rate: float = field(default=1e-3, metadata={"help": "learning rate to fine-tune a teacher"})
+    teacher_optim: str = field(default="adamw_torch", metadata={"help": "optimizer to fine-tune a teacher, see optim"})
+    teacher_optim_args: str | None = field(default=None, metadata={"help": "its options, such as momentum=0.9"})
+    teacher_weight_decay: float = field(default=0.01, metadata={"help": "weight decay to fine-tune a teacher"})
+    teacher_warmup_steps: float = field(
+        default=0.1, metadata={"help": "warm-up steps to fine-tune a teacher; below 1: a share of all"}
+    )
+    teacher_label_smoothing: float = field(default=0.0, metadata={"help": "label smoothing to fine-tune a teacher"})
+    adam: bool = field(
+        default=False, metadata={"help": "the student's optimizer is Adam with coupled weight decay, as in the paper"}
+    )
     num_threads: int | None = field(default=None, metadata={"help": "threads that torch uses on a CPU"})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "write into a folder that is not empty"})
 
@@ -145,6 +158,7 @@ def distil(script: ScriptArguments, quantization: QuantizationArguments, args: D
 
     data = load_image_data(
         script.dataset,
+        label_column=script.label_column,
         max_train_images=script.max_train_images,
         max_test_images=script.max_test_images,
         seed=args.seed,
@@ -180,6 +194,7 @@ def distil(script: ScriptArguments, quantization: QuantizationArguments, args: D
             Preprocessing(plain.size, plain.mean, plain.std, plain.crop_pct, plain.interpolation)
         ),
         callbacks=[interrupt],
+        optimizer_cls_and_kwargs=coupled_adam(args) if script.adam else None,
     )
     trainer.calibrate()
     if trainer.is_world_process_zero():
@@ -269,8 +284,11 @@ def train_teacher(teacher: PreTrainedModel, train, script: ScriptArguments, args
         learning_rate=script.teacher_learning_rate,
         per_device_train_batch_size=args.per_device_train_batch_size,
         lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        weight_decay=0.01,
+        warmup_steps=script.teacher_warmup_steps,
+        weight_decay=script.teacher_weight_decay,
+        optim=script.teacher_optim,
+        optim_args=script.teacher_optim_args,
+        label_smoothing_factor=script.teacher_label_smoothing,
         logging_strategy="epoch",
         save_strategy="no",
         **shared_arguments(args),
@@ -280,6 +298,12 @@ def train_teacher(teacher: PreTrainedModel, train, script: ScriptArguments, args
     if interrupt.interrupted:
         raise KeyboardInterrupt
     trainer.save_model()
+
+
+def coupled_adam(args: DistillationArguments) -> tuple[type[torch.optim.Optimizer], dict]:
+    """Return Adam, whose weight decay is a part of the gradient; Trainer's choices decouple it."""
+    betas = (args.adam_beta1, args.adam_beta2)
+    return torch.optim.Adam, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
 
 
 def shared_arguments(args: DistillationArguments) -> dict:

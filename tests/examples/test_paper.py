@@ -1,0 +1,73 @@
+"""Each recipe of the paper's tables runs, on images that are at hand."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from sqakd_hf import InputError
+
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "paper" / "run.py"
+RECIPES = sorted(SCRIPT.parent.glob("recipes/*.json"))
+QUICK = "--dataset digits --max_steps 2 --max_train_images 40 --max_test_images 20 --use_cpu true --disable_tqdm true"
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    spec = importlib.util.spec_from_file_location("paper_run", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def call(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        script.main()
+
+    return call
+
+
+def test_there_is_one_for_each_row():
+    names = [path.stem for path in RECIPES]
+    assert len(names) == len(set(names)) == 37
+    for network, count in {"resnet20": 3, "vgg8": 3, "resnet32": 3, "vgg13": 3, "resnet18": 9, "vgg11": 9}.items():
+        assert sum(f"-{network}-" in name for name in names) == count
+
+
+def marks(path):
+    """All but one of the rows that differ in bits alone are slow, and VGG-11: 130 million weights, five gigabytes."""
+    first = min(other.stem for other in RECIPES if other.stem[:-4] == path.stem[:-4])
+    return () if path.stem == first and "vgg11" not in path.stem else pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(path, marks=marks(path)) for path in RECIPES], ids=lambda path: path.stem
+)
+def test_each_runs_and_its_settings_arrive(run, recipe, tmp_path):
+    run(recipe.stem, *QUICK.split(), "--per_device_train_batch_size", "20", "--output_dir", str(tmp_path / "out"))
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    training, wanted = found["arguments"]["training"], json.loads(recipe.read_text())
+    assert f"-{wanted['quantizer']}-w{wanted['weight_bits']}a{wanted['activation_bits']}" in recipe.stem
+    assert found["arguments"]["first_last_bits"] is None and found["arguments"]["model"] == wanted["model"]
+    for name in ("learning_rate", "quantizer_learning_rate", "weight_decay", "objective", "warmup_steps"):
+        assert training[name] == wanted.get(name, training[name])
+    assert 0 <= found["student"]["accuracy"] <= 1
+
+
+def test_the_number_of_epochs_is_teachers_and_students(run, tmp_path):
+    run("cifar10-vgg8-ewgs-w2a2", *QUICK.split(), "--epochs", "3", "--output_dir", str(tmp_path / "out"))
+    arguments = json.loads((tmp_path / "out" / "results.json").read_text())["arguments"]
+    assert arguments["teacher_epochs"] == arguments["training"]["num_train_epochs"] == 3
+
+
+def test_an_unknown_recipe_is_refused_with_close_names(run):
+    with pytest.raises(InputError, match="no recipe 'cifar10-resnet21'. Close: cifar10-resnet20"):
+        run("cifar10-resnet21")
+
+
+def test_help_lists_the_recipes(run, capsys):
+    run("--help")
+    text = capsys.readouterr().out
+    assert all(path.stem in text for path in RECIPES)
