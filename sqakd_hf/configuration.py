@@ -132,7 +132,8 @@ class QuantizationConfig(QuantizationConfigMixin):
         kwargs = options["quantizer_kwargs"]
         if not isinstance(kwargs, dict) or not _survives_json(kwargs):
             raise InputError(f"{where}quantizer_kwargs must be a dict that JSON can hold, got {kwargs!r}.")
-        decided = sorted({"name", *inspect.signature(FakeQuantizer).parameters} & kwargs.keys() - {"delta"})
+        own = {"name", *inspect.signature(FakeQuantizer).parameters} - {"delta", "first_range"}
+        decided = sorted(own & kwargs.keys())
         if decided:
             raise InputError(
                 f"{where}quantizer_kwargs can't hold {', '.join(decided)}, which the config's own fields decide."

@@ -5,12 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..errors import InputError, check_bits, suggest
+from ..errors import InputError, check_bits, quote, suggest
 from ..functional import Grid, affine_grid, dequantize, fake_quantize, quantize
 from ..recompute import remember
+from .statistics import FEW_BITS, best_ends, percentile_ends
 
 
 ROLES = ("weight", "activation")
+FIRST_RANGES = ("auto", "method", "error", "percentile")
 
 
 class FakeQuantizer(nn.Module):
@@ -34,10 +36,16 @@ class FakeQuantizer(nn.Module):
             estimator.
         integer_zero_point (`bool`, *optional*, defaults to `True`): Keep zero exactly on the grid of activations;
             `False` is the papers' free range. Weights and 1-bit signed activations keep their symmetric grid.
+        first_range (`str`, *optional*, defaults to `"auto"`): How calibration sets the range: the method's own way
+            (`"method"`), by least squared error (`"error"`), or so that it leaves out a thousandth of the data
+            (`"percentile"`). `"auto"`: the method's own up to 4 bits and of PACT and DoReFa, else by least error.
+            Two-valued signed codes, and DoReFa's weights, always have the method's own.
     """
 
     # The range learns from clipped elements alone (PACT).
     clip_only = False
+    # With more than FEW_BITS the first range is that of least error, unless the caller says otherwise.
+    searches_many_bits = True
 
     def __init__(
         self,
@@ -49,6 +57,7 @@ class FakeQuantizer(nn.Module):
         *,
         delta: float = 0.0,
         integer_zero_point: bool = True,
+        first_range: str = "auto",
     ):
         super().__init__()
         self.bits = check_bits(bits)
@@ -57,6 +66,9 @@ class FakeQuantizer(nn.Module):
             raise InputError(
                 f"delta must be a non-negative number, got {delta!r}; 0 is the straight-through estimator."
             )
+        if first_range not in FIRST_RANGES:
+            raise InputError(f"first_range must be one of {quote(FIRST_RANGES)}, got {first_range!r}.")
+        self.first_range = first_range
         self.role = role
         self.channel_axis = channel_axis
         self.num_channels = num_channels if channel_axis is not None else 1
@@ -104,6 +116,20 @@ class FakeQuantizer(nn.Module):
         if self.role == "weight":
             return (False,)
         return (True,) if self.has_integer_zero_point else (False, True)
+
+    @property
+    def searches_range(self) -> bool:
+        """Whether [`searched_ends`] sets the first range, rather than the method's own way."""
+        by_bits = self.first_range == "auto" and self.searches_many_bits and self.bits > FEW_BITS
+        return not self.binary and (by_bits or self.first_range in ("error", "percentile"))
+
+    def searched_ends(
+        self, lower: torch.Tensor, upper: torch.Tensor, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the share of a range that holds all `rows` `(channels, n)` by which the first range is to begin."""
+        if self.first_range == "percentile":
+            return percentile_ends(lower, upper, rows)
+        return best_ends(lower, upper, rows, self.levels, self.zero_on_grid)
 
     # --- what a subclass defines ---
 

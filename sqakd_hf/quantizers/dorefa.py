@@ -7,22 +7,40 @@ computes what it did. `unit_range=True` is the published form.
 
 import torch
 
+from ..errors import InputError
 from ..functional import MIN_RANGE, Grid
 from .base import FakeQuantizer, register_quantizer
 from .statistics import widen
 
 
+def first_magnitude(quantizer: FakeQuantizer, x: torch.Tensor) -> torch.Tensor:
+    """Return the end `(channels,)` of a range from zero, or mirrored, to begin with: the largest magnitude by default.
+
+    For two-valued signed codes it is the mean magnitude.
+    """
+    rows = quantizer.rows(x)
+    magnitude = rows.abs().mean(1) if quantizer.binary else rows.abs().amax(1)
+    if quantizer.searches_range:
+        lower = -magnitude if quantizer.signed else torch.zeros_like(magnitude)
+        lower, upper = quantizer.searched_ends(lower, magnitude, rows)
+        magnitude = (upper - lower) / (2 if quantizer.signed else 1)  # a zero point on the grid shifts the ends
+    return magnitude
+
+
 class _FixedRange(FakeQuantizer):
     """A range of fixed `magnitude`, mirrored for signed inputs."""
 
+    searches_many_bits = False
+
     def __init__(self, *args, unit_range: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
+        if unit_range and self.first_range in ("error", "percentile"):
+            raise InputError(f"unit_range=True leaves nothing for first_range={self.first_range!r} to choose.")
         self.unit_range = unit_range
         self.register_buffer("magnitude", torch.full((self.num_channels,), float("nan")))
 
     def init_range(self, x: torch.Tensor) -> None:
-        magnitude = self.rows(x).abs()
-        magnitude = magnitude.mean(1) if self.binary else magnitude.amax(1)
+        magnitude = first_magnitude(self, x)
         if self.unit_range and not (self.binary and self.role == "weight"):
             magnitude = torch.ones_like(magnitude)
         self.set_range(magnitude=widen(torch.zeros_like(magnitude), magnitude)[1])
@@ -44,6 +62,10 @@ class DoReFaWeight(_FixedRange):
     The stretch is detached: gradients see `tanh`, not its maximum. 1-bit values pass every gradient, and their
     magnitude follows the weight while training.
     """
+
+    @property
+    def searches_range(self) -> bool:
+        return False  # the stretch fills whatever range there is
 
     def transform(self, x: torch.Tensor) -> torch.Tensor:
         if self.binary:

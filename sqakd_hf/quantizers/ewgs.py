@@ -10,7 +10,7 @@ import torch
 
 from ..functional import MIN_RANGE
 from .base import FakeQuantizer, register_quantizer
-from .statistics import FEW_BITS, best_ends, standard_deviation, widen
+from .statistics import standard_deviation, widen
 
 
 # The mean-free half-normal of a rectified activation has this fraction of the underlying deviation.
@@ -39,12 +39,12 @@ class EWGS(FakeQuantizer):
             upper = rows.abs().mean(1)
             upper = torch.where(upper > 0, upper, 1.0)
             lower = -upper
-        elif self.bits > FEW_BITS:
+        elif self.searches_range:
             lower, upper = rows.amin(1), rows.amax(1)
             if self.role == "weight":
                 upper = torch.maximum(-lower, upper)
                 lower = -upper
-            lower, upper = best_ends(lower, upper, rows, self.levels, self.zero_on_grid)
+            lower, upper = self.searched_ends(lower, upper, rows)
         elif self.role == "weight":
             lower, upper = -reach, reach
         elif self.signed:

@@ -8,7 +8,7 @@ import torch
 
 from ..functional import MIN_RANGE, Grid
 from .base import FakeQuantizer, register_quantizer
-from .statistics import FEW_BITS, best_ends, standard_deviation, widen
+from .statistics import standard_deviation, widen
 
 
 def scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
@@ -50,12 +50,16 @@ class LSQ(FakeQuantizer):
         super().__init__(*args, **kwargs)
         self.scale = self.new_range_parameter()
 
+    @property
+    def zero_on_grid(self) -> tuple[bool, ...]:
+        return (False,)  # it lies there by itself
+
     def init_range(self, x: torch.Tensor) -> None:
         rows = self.rows(x)
         q_n, q_p = code_bounds(self.bits, self.signed)
-        if self.bits > FEW_BITS:
+        if self.searches_range:
             reach = rows.abs().amax(1)
-            _, upper = best_ends(reach * (q_n / q_p), reach, rows, self.levels)
+            _, upper = self.searched_ends(reach * (q_n / q_p), reach, rows)
             scale = upper / q_p
         else:
             magnitude = rows.abs().mean(1)
@@ -96,8 +100,8 @@ class LSQPlus(FakeQuantizer):
         if self.binary:
             high = rows.abs().mean(1)
             low = -high
-        if self.bits > FEW_BITS:
-            low, high = best_ends(low, high, rows, self.levels, self.zero_on_grid)
+        if self.searches_range:
+            low, high = self.searched_ends(low, high, rows)
         low, high = widen(low, high)
         self.set_range(scale=(high - low) / (self.levels - 1), offset=low)
 
@@ -113,7 +117,7 @@ class LSQPlusWeight(LSQ):
     """LSQ with LSQ+'s initial step, `max(|mean - 3 std|, |mean + 3 std|) / 2 ** (bits - 1)`."""
 
     def init_range(self, x: torch.Tensor) -> None:
-        if self.bits > FEW_BITS:
+        if self.searches_range:
             return super().init_range(x)
         rows = self.rows(x)
         mean, std = rows.mean(1), standard_deviation(rows)

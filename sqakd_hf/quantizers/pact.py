@@ -7,6 +7,7 @@ the paper, and registered there.
 import torch
 
 from .base import FakeQuantizer, register_quantizer
+from .dorefa import first_magnitude
 from .statistics import widen
 
 
@@ -19,14 +20,14 @@ class PACT(FakeQuantizer):
     """
 
     clip_only = True
+    searches_many_bits = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.upper = self.new_range_parameter()
 
     def init_range(self, x: torch.Tensor) -> None:
-        magnitude = self.rows(x).abs()
-        upper = magnitude.mean(1) if self.binary else magnitude.amax(1)
+        upper = first_magnitude(self, x)
         self.set_range(upper=widen(torch.zeros_like(upper), upper)[1])
 
     def clip_range(self, x: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

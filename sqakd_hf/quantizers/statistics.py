@@ -29,6 +29,8 @@ def widen(lower: torch.Tensor, upper: torch.Tensor) -> tuple[torch.Tensor, torch
 FEW_BITS = 4
 # Finely above 1: kernels of few weights have a step among them that fits all; coarsely down to where much is clipped.
 _FACTORS = (*(1 + 0.004 * i for i in range(26)), *(0.02 * i for i in range(49, 14, -1)))
+# With few values and heavy tails most of the range is best left out.
+_FACTORS_OF_FEW = (*_FACTORS, *(0.02 * i for i in range(14, 0, -1)))
 _BINS = 1 << 12
 
 
@@ -41,7 +43,8 @@ def best_ends(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the ends, each row's range times one factor, whose `levels` values are nearest to the row.
 
-    Nearest by mean squared error, among factors from 1.1 to 0.3; rows of many elements are taken by their histogram.
+    Nearest by mean squared error, among factors from 1.1 to 0.3 (with few values, to 0.02); rows of many elements are taken
+    by their histogram.
 
     Args:
         lower, upper (`torch.Tensor`): `(channels,)`, ends that hold all of the data.
@@ -54,7 +57,7 @@ def best_ends(
     points, counts = _histogram(rows, lower, upper) if rows.shape[1] > 4 * _BINS else (rows, None)
     best_error = torch.full_like(lower, float("inf"))
     best_lower, best_upper = lower, upper
-    for factor in _FACTORS:
+    for factor in _FACTORS_OF_FEW if levels <= 2**FEW_BITS else _FACTORS:
         for integer_zero_point in zero_on_grid:
             grid = affine_grid(lower * factor, upper * factor, levels, integer_zero_point)
             values = dequantize(quantize(points, grid, levels, channel_axis=0), grid, channel_axis=0)
@@ -65,6 +68,30 @@ def best_ends(
             best_lower = torch.where(better, grid.lower, best_lower)
             best_upper = torch.where(better, grid.upper, best_upper)
     return best_lower, best_upper
+
+
+# Of the elements of a row, so many may lie outside its first range.
+_OUTSIDE = 1e-3
+
+
+def percentile_ends(lower: torch.Tensor, upper: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the ends, each row's range times one factor, that leave a thousandth of the row's elements outside.
+
+    Args:
+        lower, upper (`torch.Tensor`): `(channels,)`, ends that hold all of the data, `lower` at most 0.
+        rows (`torch.Tensor`): `(channels, n)`.
+
+    Examples:
+        >>> percentile_ends(torch.tensor([0.0]), torch.tensor([2000.0]), torch.arange(2001.0)[None])
+        (tensor([0.]), tensor([1998.]))
+    """
+    lower, upper = widen(lower, upper)
+    ends = torch.where(rows < 0, lower[:, None], upper[:, None])
+    needed = torch.where(ends != 0, rows / ends, 0)
+    factor = needed.kthvalue(max(1, rows.shape[1] - int(_OUTSIDE * rows.shape[1])), dim=1).values
+    # Almost all zeros: the rest decides.
+    factor = torch.where(factor > 0, factor, 1.0)
+    return lower * factor, upper * factor
 
 
 def _histogram(rows: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
