@@ -219,7 +219,7 @@ def calibrate_model(
     if isinstance(batches, torch.Tensor):
         raise InputError(f"batches must be an iterable of image batches, got one tensor {tuple(batches.shape)}.")
     batches = list(batches) if isinstance(batches, Iterator) else batches
-    batch_norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    batch_norms = _batch_norms(model)
     by_batch = batch_norms if any(quantizer.bits <= FEW_BITS for quantizer in quantizers(model)) else []
     needs_two = bool(by_batch or (reestimate_batch_norm and batch_norms))
     try:
@@ -245,6 +245,29 @@ def calibrate_model(
             "Constant during calibration, from dead units or data unlike the training data: %s.",
             ", ".join(constant),
         )
+
+
+@torch.no_grad()
+def reestimate_batch_norm(
+    model: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, Any]], disable_progress: bool = False
+) -> None:
+    """Replace BatchNorm's running statistics by the average over `batches`, in place.
+
+    Weights and ranges move until the last step of training, and running statistics are behind them.
+
+    Args:
+        model (`nn.Module`): Calibrated; all but BatchNorm is in eval mode meanwhile.
+        batches (`Iterable`): As for [`calibrate_model`].
+        disable_progress (`bool`, *optional*, defaults to `False`): Show no progress bar.
+    """
+    batch_norms = _batch_norms(model)
+    with evaluating(model), tqdm(desc="BatchNorm", unit="batch", disable=disable_progress, leave=False) as bar:
+        with _batch_statistics(batch_norms, keep_running=False):
+            _feed(model, batches, bar, needs_two=bool(batch_norms))
+
+
+def _batch_norms(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 def _set_activation_ranges(

@@ -23,7 +23,14 @@ from .accumulation import SharedWeights
 from .card import model_card
 from .checkpoint import STATE_FILE, is_complete, last_checkpoint
 from .collator import ImageCollator
-from .convert import calibrate_model, is_calibrated, quantized_layers, quantizers, record_signedness
+from .convert import (
+    calibrate_model,
+    is_calibrated,
+    quantized_layers,
+    quantizers,
+    record_signedness,
+    reestimate_batch_norm,
+)
 from .errors import InputError
 from .hub import hub_id
 from .losses import box_loss, check_same_classes, distillation_loss, masked_mean
@@ -35,6 +42,7 @@ from .non_finite import (
     first_non_finite_parameter,
 )
 from .objective import FEATURE_TERMS, Features, parse_objective, total_loss
+from .oscillation import dampening_loss, ramp
 from .outputs import Prediction, predict
 from .push import upload_errors, weight_bytes
 from .recompute import recompute_quantized
@@ -187,7 +195,14 @@ class SQAKDTrainer(Trainer):
         if self.model_wrapped is self.model:
             _forget_preparation(self.model)
         with self._images_as_trained():
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.args.reestimate_batch_norm:
+            reestimate_batch_norm(
+                self.model,
+                self._first_batches(self.args.reestimate_batch_norm),
+                disable_progress=not self.is_world_process_zero(),
+            )
+        return output
 
     @contextlib.contextmanager
     def _images_as_trained(self) -> Iterator[None]:
@@ -234,7 +249,9 @@ class SQAKDTrainer(Trainer):
             raise InputError("Calibration needs images: pass train_dataset, or call calibrate_model yourself.")
         self._move_model_to_device(self.model, self.args.device)
         calibrate_model(
-            self.model, list(self._calibration_batches()), disable_progress=not self.is_world_process_zero()
+            self.model,
+            list(self._first_batches(self.args.calibration_images)),
+            disable_progress=not self.is_world_process_zero(),
         )
         self._follow_first_process()
         self._calibrated = True
@@ -252,8 +269,9 @@ class SQAKDTrainer(Trainer):
             quantizer.refresh()
         record_signedness(self.model)
 
-    def _calibration_batches(self) -> Iterator[torch.Tensor]:
-        dataset, total = self.train_dataset, self.args.calibration_images
+    def _first_batches(self, total: int) -> Iterator[torch.Tensor]:
+        """Yield the first `total` training images."""
+        dataset = self.train_dataset
         stream = (
             iter(dataset) if isinstance(dataset, IterableDataset) else map(dataset.__getitem__, range(len(dataset)))
         )
@@ -291,6 +309,9 @@ class SQAKDTrainer(Trainer):
                 inputs.get("labels"),
                 features,
             )
+        if self.args.oscillation_dampening and model.training:
+            weight = self.args.oscillation_dampening * ramp(self.state.global_step, self.state.max_steps)
+            loss = loss + weight * dampening_loss(quantized_layers(self.model).values())
         if model.training:
             self._agreement.add(_agreement(student, teacher, mask).mean())
             self._check_loss(loss, inputs)

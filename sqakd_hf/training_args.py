@@ -1,5 +1,6 @@
 """`SQAKDTrainingArguments`: transformers' training arguments, and the few that SQAKD adds."""
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -43,6 +44,10 @@ class SQAKDTrainingArguments(TrainingArguments):
             architecture, see [`~sqakd_hf.feature_losses`]. Evaluation reports the divergence all the same.
         feature_layer (`str`, *optional*): The layer whose quantized input the term `squat` compares; by default the
             last block's last but one, see [`~sqakd_hf.features.find_lattice_layer`].
+        reestimate_batch_norm (`int`, *optional*, defaults to 0): At the end of the training, replace BatchNorm's
+            running statistics by those of so many training images, the first of the set.
+        oscillation_dampening (`float`, *optional*, defaults to 0.0): Weight, grown from 0 to this over the training,
+            of [`~sqakd_hf.oscillation.dampening_loss`], which holds weights near the value they are rounded to.
         output_field (`str`, *optional*): Which of a model's outputs are the class logits, where it has several heads:
             a name such as `"class_queries_logits"`, or a number where it returns a tuple.
     """
@@ -87,6 +92,12 @@ class SQAKDTrainingArguments(TrainingArguments):
     feature_layer: str | None = field(
         default=None, metadata={"help": "Layer whose quantized input the term squat of the objective compares."}
     )
+    reestimate_batch_norm: int = field(
+        default=0, metadata={"help": "Training images for new BatchNorm statistics at the end of the training."}
+    )
+    oscillation_dampening: float = field(
+        default=0.0, metadata={"help": "Final weight of the term that holds weights near their quantized value."}
+    )
     output_field: str | None = field(
         default=None, metadata={"help": "Which output holds the class logits, for models with several heads."}
     )
@@ -100,6 +111,12 @@ class SQAKDTrainingArguments(TrainingArguments):
             raise InputError(f"quantizer_learning_rate must not be negative, got {self.quantizer_learning_rate!r}.")
         if self.calibration_images < 1:
             raise InputError(f"calibration_images must be at least 1, got {self.calibration_images!r}.")
+        if isinstance(self.reestimate_batch_norm, bool) or not 0 <= self.reestimate_batch_norm:
+            raise InputError(f"reestimate_batch_norm must be a number of images, got {self.reestimate_batch_norm!r}.")
+        if not 0 <= self.oscillation_dampening < math.inf:
+            raise InputError(
+                f"oscillation_dampening must be a non-negative number, got {self.oscillation_dampening!r}."
+            )
         if self.teacher_dtype not in ("auto", *TEACHER_DTYPES):
             raise InputError(
                 f"teacher_dtype must be 'auto' or one of {quote(TEACHER_DTYPES)}, got {self.teacher_dtype!r}."

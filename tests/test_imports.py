@@ -18,7 +18,7 @@ LAYERS = [
     {"errors", "functional", "hub", "recompute"},
     {"losses", "feature_losses", "quantizers", "packing", "checkpoint", "models", "stream"},
     {"metrics", "layers", "configuration", "outputs", "teacher_cache"},
-    {"standardized", "multihead", "interception", "teacher", "collator", "accumulation"},
+    {"standardized", "multihead", "interception", "teacher", "collator", "accumulation", "oscillation"},
     {"timm_layers", "bit_layers", "trace"},
     {"plan"},
     {"convert", "manifest", "report", "transforms", "sources", "features"},

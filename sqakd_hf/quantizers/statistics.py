@@ -43,8 +43,8 @@ def best_ends(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the ends, each row's range times one factor, whose `levels` values are nearest to the row.
 
-    Nearest by mean squared error, among factors from 1.1 to 0.3 (with few values, to 0.02); rows of many elements are taken
-    by their histogram.
+    Nearest by mean squared error, among factors from 1.1 to 0.3 (with few values, to 0.02); rows of many elements are
+    taken by their histogram.
 
     Args:
         lower, upper (`torch.Tensor`): `(channels,)`, ends that hold all of the data.
