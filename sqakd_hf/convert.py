@@ -266,6 +266,11 @@ def reestimate_batch_norm(
             _feed(model, batches, bar, needs_two=bool(batch_norms))
 
 
+def batch_statistics(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Context in which BatchNorm of a model in eval mode normalises by the batch; its running statistics stay."""
+    return _batch_statistics(_batch_norms(model), keep_running=True)
+
+
 def _batch_norms(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 

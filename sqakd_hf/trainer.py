@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ from .convert import (
     record_signedness,
     reestimate_batch_norm,
 )
+from .delta import estimate_delta
 from .errors import InputError
 from .hub import hub_id
 from .losses import box_loss, check_same_classes, distillation_loss, masked_mean
@@ -45,6 +47,7 @@ from .objective import FEATURE_TERMS, Features, parse_objective, total_loss
 from .oscillation import dampening_loss, ramp
 from .outputs import Prediction, predict
 from .push import upload_errors, weight_bytes
+from .quantizers import FakeQuantizer
 from .recompute import recompute_quantized
 from .stream import EndlessStream
 from .teacher import TEACHER_DTYPES, Teacher
@@ -53,6 +56,7 @@ from .training_args import SQAKDTrainingArguments
 
 
 ARGUMENTS_FILE = "training_args.json"
+DELTAS_FILE = "deltas.json"  # of a checkpoint whose quantizers had theirs estimated
 # What a reader of the card wants to know; all arguments are in ARGUMENTS_FILE.
 CARD_ARGUMENTS = (
     "objective",
@@ -153,6 +157,7 @@ class SQAKDTrainer(Trainer):
         )
         self._objective = parse_objective(args.objective)
         self._feature_terms: Features | None = None
+        self._deltas_of_step = 0
         self._agreement = _RunningMean()
         self._evaluated: dict[str, _RunningMean] = {}
         # What `evaluate` measured: teacher, student, and the student before its first step.
@@ -191,6 +196,8 @@ class SQAKDTrainer(Trainer):
         if not resume_from_checkpoint and not is_calibrated(self.model):
             self.calibrate()
         self.model.train()  # a student loaded from codes becomes latent before it is spread over devices
+        if self.args.delta_estimation_steps:
+            self._set_deltas(_read_deltas(resume_from_checkpoint) if resume_from_checkpoint else {})
         self._shared_weights = SharedWeights(self.model)
         if self.model_wrapped is self.model:
             _forget_preparation(self.model)
@@ -269,14 +276,14 @@ class SQAKDTrainer(Trainer):
             quantizer.refresh()
         record_signedness(self.model)
 
-    def _first_batches(self, total: int) -> Iterator[torch.Tensor]:
-        """Yield the first `total` training images."""
-        dataset = self.train_dataset
+    def _first_batches(self, total: int, batch: int | None = None) -> Iterator[torch.Tensor]:
+        """Yield the first `total` training images, in batches of at least 32 or of the size that is given."""
+        dataset, batch = self.train_dataset, batch or max(self.args.train_batch_size, 32)
         stream = (
             iter(dataset) if isinstance(dataset, IterableDataset) else map(dataset.__getitem__, range(len(dataset)))
         )
         images = islice(stream, total)
-        while features := list(islice(images, max(self.args.train_batch_size, 32))):
+        while features := list(islice(images, batch)):
             if len(features) > 1:  # batch statistics need two images
                 yield self.data_collator(features)["pixel_values"]
 
@@ -319,6 +326,9 @@ class SQAKDTrainer(Trainer):
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute loss and gradients of a batch; on a CPU, stop where a gradient is not finite."""
+        every, step = self.args.delta_estimation_steps, self.state.global_step
+        if every and step and step % every == 0 and step != self._deltas_of_step:
+            self._estimate_deltas()
         with self._weights_quantized_once():
             loss = super().training_step(model, *args, **kwargs)
         if self.args.device.type == "cpu" and not _is_sharded(self.model):
@@ -351,6 +361,29 @@ class SQAKDTrainer(Trainer):
 
     def _shards_weights(self) -> bool:
         return self.is_fsdp_enabled or self.is_deepspeed_enabled or _is_sharded(self.model)
+
+    def _estimate_deltas(self) -> None:
+        """Set every quantizer's `delta` from the curvature of the loss at the first three training batches."""
+        if self._shards_weights():
+            raise InputError("delta_estimation_steps needs whole weights: it does not work where they are sharded.")
+
+        def loss(inputs: dict[str, Any]) -> torch.Tensor:
+            return self._loss(self._predict(self.model, inputs), self.teacher_prediction(inputs), None)
+
+        batches = [
+            self._prepare_inputs({"pixel_values": images})
+            for images in self._first_batches(3 * self.args.train_batch_size, self.args.train_batch_size)
+        ]
+        found = estimate_delta(self.model, loss, batches, disable_progress=self.args.disable_tqdm)
+        values = torch.tensor([found[quantizer] for quantizer in quantizers(self.model)], device=self.args.device)
+        if self.args.world_size > 1:  # each process has images of its own where they are augmented
+            torch.distributed.broadcast(values, src=0)
+        self._set_deltas(dict(zip(_quantizer_names(self.model), values.tolist(), strict=True)))
+        self._deltas_of_step = self.state.global_step
+
+    def _set_deltas(self, deltas: dict[str, float]) -> None:
+        for name in _quantizer_names(self.model):
+            self.model.get_submodule(name).delta = deltas.get(name, 0.0)
 
     def _predict(self, model: nn.Module, inputs: dict[str, Any]) -> Prediction:
         # accelerate wraps the forward of other models in autocast, but not of those that FSDP2 shards.
@@ -496,6 +529,11 @@ class SQAKDTrainer(Trainer):
         if self.args.should_save and os.path.exists(state := os.path.join(folder, STATE_FILE)):
             os.remove(state)  # written last: a checkpoint that is being written again is not complete
         self._follow_first_process()
+        if self.args.delta_estimation_steps and self.args.should_save:
+            os.makedirs(folder, exist_ok=True)
+            deltas = {name: self.model.get_submodule(name).delta for name in _quantizer_names(self.model)}
+            with open(os.path.join(folder, DELTAS_FILE), "w", encoding="utf-8") as file:
+                json.dump(deltas, file)
         self._format = "latent"
         try:
             super()._save_checkpoint(model, trial)
@@ -614,6 +652,18 @@ class SQAKDTrainer(Trainer):
             self.push_in_progress.jobs.extend(jobs)
         else:
             self.push_in_progress = PushInProgress(jobs)
+
+
+def _quantizer_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, FakeQuantizer)]
+
+
+def _read_deltas(folder: str) -> dict[str, float]:
+    path = os.path.join(folder, DELTAS_FILE)
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
 
 
 def _forget_preparation(model: nn.Module) -> None:

@@ -44,6 +44,10 @@ class SQAKDTrainingArguments(TrainingArguments):
             architecture, see [`~sqakd_hf.feature_losses`]. Evaluation reports the divergence all the same.
         feature_layer (`str`, *optional*): The layer whose quantized input the term `squat` compares; by default the
             last block's last but one, see [`~sqakd_hf.features.find_lattice_layer`].
+        delta_estimation_steps (`int`, *optional*, defaults to 0): Estimate each quantizer's `delta` anew every so many
+            optimizer steps, from the first three training batches and without labels, see
+            [`~sqakd_hf.delta.estimate_delta`]; until the first time it is 0. By default `delta` is what the
+            quantizer was given.
         reestimate_batch_norm (`int`, *optional*, defaults to 0): At the end of the training, replace BatchNorm's
             running statistics by those of so many training images, the first of the set.
         oscillation_dampening (`float`, *optional*, defaults to 0.0): Weight, grown from 0 to this over the training,
@@ -92,6 +96,9 @@ class SQAKDTrainingArguments(TrainingArguments):
     feature_layer: str | None = field(
         default=None, metadata={"help": "Layer whose quantized input the term squat of the objective compares."}
     )
+    delta_estimation_steps: int = field(
+        default=0, metadata={"help": "Estimate the quantizers' delta every so many optimizer steps; 0: never."}
+    )
     reestimate_batch_norm: int = field(
         default=0, metadata={"help": "Training images for new BatchNorm statistics at the end of the training."}
     )
@@ -111,8 +118,10 @@ class SQAKDTrainingArguments(TrainingArguments):
             raise InputError(f"quantizer_learning_rate must not be negative, got {self.quantizer_learning_rate!r}.")
         if self.calibration_images < 1:
             raise InputError(f"calibration_images must be at least 1, got {self.calibration_images!r}.")
-        if isinstance(self.reestimate_batch_norm, bool) or not 0 <= self.reestimate_batch_norm:
-            raise InputError(f"reestimate_batch_norm must be a number of images, got {self.reestimate_batch_norm!r}.")
+        for name, unit in (("reestimate_batch_norm", "images"), ("delta_estimation_steps", "steps")):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise InputError(f"{name} must be a number of {unit}, got {value!r}.")
         if not 0 <= self.oscillation_dampening < math.inf:
             raise InputError(
                 f"oscillation_dampening must be a non-negative number, got {self.oscillation_dampening!r}."

@@ -22,7 +22,7 @@ LAYERS = [
     {"timm_layers", "bit_layers", "trace"},
     {"plan"},
     {"convert", "manifest", "report", "transforms", "sources", "features"},
-    {"data", "modeling", "card", "interrupt", "non_finite", "objective"},
+    {"data", "modeling", "card", "interrupt", "non_finite", "objective", "delta"},
     {"training_args", "push"},
     {"hf_quantizer"},
     {"trainer"},

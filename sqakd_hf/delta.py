@@ -1,0 +1,137 @@
+"""EWGS's gradient scaling `delta`, estimated without labels from the curvature of the distillation loss."""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .convert import batch_statistics, quantizers
+from .errors import InputError
+from .quantizers import FakeQuantizer
+from .trace import evaluating
+
+
+# Of a quantizer's range: small beside the step between few codes, large beside the rounding of float32 gradients.
+_DIFFERENCE = 1e-2
+
+
+def estimate_delta(
+    model: nn.Module,
+    loss: Callable[[Mapping[str, Any]], torch.Tensor],
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    max_draws: int = 50,
+    tolerance: float = 1e-3,
+    seed: int = 0,
+    disable_progress: bool = False,
+) -> dict[FakeQuantizer, float]:
+    """Return `max(0, Tr(H) / n / (3 std(g)))` for each quantizer of `model`, averaged over the batches.
+
+    `g` is the gradient of the loss for the quantizer's `n` outputs in units of its range, `H` its Hessian. The trace
+    is Hutchinson's estimate: random signs, for all quantizers at once, until each running mean changes by less than
+    `tolerance` of itself. The rule of [EWGS](https://huggingface.co/papers/2104.00903), whose own loss needs labels.
+    Products with the Hessian are central differences of gradients, so that no operation (fused attention has none)
+    needs a second derivative.
+
+    Args:
+        model (`nn.Module`): Calibrated. BatchNorm normalises by the batch, as in training, and keeps its running
+            statistics; all else is in eval mode.
+        loss (`Callable`): From a batch to its loss, by a forward pass of `model`.
+        batches (`Iterable`): Batches, a few.
+        max_draws (`int`, *optional*, defaults to 50): Draws for a batch at most.
+        tolerance (`float`, *optional*, defaults to 1e-3): See above.
+        seed (`int`, *optional*, defaults to 0): Of the draws.
+        disable_progress (`bool`, *optional*, defaults to `False`): Show no progress bar.
+
+    Raises:
+        `InputError`: No batch.
+    """
+    sums: dict[FakeQuantizer, float] = {}
+    count = 0
+    with evaluating(model), batch_statistics(model), tqdm(disable=disable_progress, leave=False) as bar:
+        bar.set_description("Estimating delta")
+        for batch in batches:
+            generator = torch.Generator().manual_seed(seed + count)
+            found = _of_batch(model, loss, batch, max_draws, tolerance, generator, bar)
+            sums = {quantizer: sums.get(quantizer, 0.0) + value for quantizer, value in found.items()}
+            count += 1
+    if not count:
+        raise InputError("delta can't be estimated without images: got no batch.")
+    return {quantizer: max(0.0, total / count) for quantizer, total in sums.items()}
+
+
+class _Output:
+    """Hook that makes a quantizer's output what the straight-through estimator takes it for, plus a perturbation.
+
+    The first pass notes how far the codes lie from the input; later ones add that to the input, where it is not
+    clipped. A perturbation thus travels as gradients say it does, instead of flipping codes further on.
+    """
+
+    def __init__(self, quantizer: FakeQuantizer):
+        self.quantizer = quantizer
+        self.perturbation: torch.Tensor | float = 0.0
+        self._base: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self, quantizer: FakeQuantizer, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        x = args[0]
+        if self._base is None:
+            grid = quantizer.grid()
+            # Nothing lies before a weight.
+            passes = (x >= grid.lower) & (x <= grid.upper) if quantizer.role == "activation" else torch.tensor(False)
+            self._base = passes, (output - x * passes).detach()
+            ends = (grid.scale * (quantizer.levels - 1)).detach()
+            shape = [1] * x.dim()
+            if ends.numel() > 1:
+                shape[quantizer.channel_axis] = -1
+            self.width = ends.view(shape)
+        passes, offset = self._base
+        value = x * passes + offset + self.perturbation
+        self.value = value if value.requires_grad else value.requires_grad_()
+        return self.value
+
+
+def _of_batch(
+    model: nn.Module,
+    loss: Callable[[Mapping[str, Any]], torch.Tensor],
+    batch: Mapping[str, Any],
+    max_draws: int,
+    tolerance: float,
+    generator: torch.Generator,
+    bar: tqdm,
+) -> dict[FakeQuantizer, float]:
+    outputs = [_Output(quantizer) for quantizer in quantizers(model)]
+
+    def gradients() -> list[torch.Tensor]:
+        """Return the gradients in units of the quantizers' ranges."""
+        with torch.enable_grad():
+            value = loss(batch)
+            found = torch.autograd.grad(value, [output.value for output in outputs])
+        return [output.width * gradient for output, gradient in zip(outputs, found, strict=True)]
+
+    with ExitStack() as stack:
+        for output in outputs:
+            stack.callback(output.quantizer.register_forward_hook(output).remove)
+        spread = torch.stack([gradient.std() for gradient in gradients()])
+        traces = torch.zeros(len(outputs), dtype=torch.float64, device=spread.device)
+        for draw in range(1, max_draws + 1):
+            signs = [_signs(output.value, generator) for output in outputs]
+            products = torch.zeros_like(traces)
+            for side in (1, -1):
+                for output, sign in zip(outputs, signs, strict=True):
+                    output.perturbation = side * _DIFFERENCE * output.width * sign
+                sums = [(sign * gradient).sum() for sign, gradient in zip(signs, gradients(), strict=True)]
+                products += side * torch.stack(sums) / (2 * _DIFFERENCE)
+            before, traces = traces, traces + (products - traces) / draw
+            bar.update()
+            if draw > 1 and bool(((traces - before).abs() <= tolerance * before.abs()).all()):
+                break
+    sizes = traces.new_tensor([output.value.numel() for output in outputs])
+    deltas = traces / sizes / (3 * spread.clamp(min=torch.finfo(spread.dtype).tiny))
+    return dict(zip((output.quantizer for output in outputs), deltas.tolist(), strict=True))
+
+
+def _signs(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return (torch.randint(2, like.shape, generator=generator) * 2 - 1).to(like)

@@ -1,0 +1,211 @@
+"""The estimate of delta against Hessians that are written down or differentiated exactly."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import TrainerCallback
+
+from sqakd_hf import (
+    InputError,
+    QuantizationConfig,
+    calibrate_model,
+    delta,
+    distillation_loss,
+    list_quantizers,
+    quantize_model,
+)
+from sqakd_hf.convert import quantized_layers, quantizers
+from sqakd_hf.delta import estimate_delta
+from tests.conftest import tiny_vit
+from tests.test_trainer import arguments, assert_same_state, make_trainer, timm_resnet
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+def student_of(quantizer="ewgs", bits=3, **options):
+    torch.manual_seed(0)
+    teacher = Net()
+    student = copy.deepcopy(teacher)
+    images = torch.randn(6, 4)
+    config = QuantizationConfig(quantizer, bits, bits, first_last_bits=bits, **options)
+    quantize_model(student, config, images)
+    calibrate_model(student, [images], disable_progress=True)
+    with torch.no_grad():
+        target = 2 * teacher(images) + torch.randn(6, 3)
+    return student, {"pixel_values": images, "target": target}
+
+
+def loss_of(student):
+    return lambda batch: distillation_loss(student(batch["pixel_values"]), batch["target"])
+
+
+def estimated(student, batch, quantizer, size, monkeypatch):
+    """Estimate with one unit vector after the other for one quantizer, nothing for others: the exact trace."""
+    order = list(quantizers(student))
+    calls = iter(range(10**6))
+
+    def basis(like, generator):
+        draw, place = divmod(next(calls), len(order))
+        vector = torch.zeros(like.numel())
+        if order[place] is quantizer:
+            vector[draw] = size**0.5
+        return vector.view_as(like)
+
+    monkeypatch.setattr(delta, "_signs", basis)
+    options = {"max_draws": size, "tolerance": 0, "disable_progress": True}
+    return estimate_delta(student, loss_of(student), [batch], **options)[quantizer]
+
+
+def exact(trace, gradient):
+    return max(0.0, float(trace / gradient.numel() / (3 * gradient.std())))
+
+
+@pytest.mark.parametrize("quantizer", list_quantizers())
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_of_the_last_layer_it_is_that_of_the_softmax(quantizer, per_channel, monkeypatch):
+    student, batch = student_of(quantizer, per_channel=per_channel)
+    found = {
+        module: estimated(student, batch, module, size, monkeypatch)
+        for module, size in ((student.last.weight_quantizer, 15), (student.last.input_quantizer, 30))
+    }
+    layer = student.last
+    with torch.no_grad():
+        inputs = torch.tanh(student.second(torch.tanh(student.first(batch["pixel_values"]))))
+        values, weight = layer.quantized_input(inputs), layer.quantized_weight()
+        logits = F.linear(values, weight, layer.bias)
+        p, q = (logits / 4).softmax(1), (batch["target"] / 4).softmax(1)
+        slope = 4 * (p - q) / len(p)  # of the loss for the logits
+        curvature = (torch.diag_embed(p) - p[:, :, None] * p[:, None]) / len(p)
+        width = layer.weight_quantizer.qparams()[0][:, None] * 7
+        trace = (width**2 * torch.einsum("bkk,bj->kj", curvature, values**2)).sum()
+        assert found[layer.weight_quantizer] == pytest.approx(exact(trace, width * slope.T @ values), rel=0.01)
+        width = layer.input_quantizer.qparams()[0] * 7
+        trace = width**2 * torch.einsum("kj,bkl,lj->", weight, curvature, weight)
+        assert found[layer.input_quantizer] == pytest.approx(exact(trace, width * slope @ weight), rel=0.01)
+
+
+def test_of_an_inner_layer_it_follows_the_straight_through_estimator(monkeypatch):
+    student, batch = student_of()
+    found = estimated(student, batch, student.second.weight_quantizer, 25, monkeypatch)
+    inner, last = student.second, student.last
+    with torch.no_grad():
+        before = torch.tanh(student.first(batch["pixel_values"]))
+        values, weight = inner.quantized_input(before), inner.quantized_weight()
+        hidden = torch.tanh(F.linear(values, weight, inner.bias))
+        offset = last.quantized_input(hidden) - hidden
+        grid = last.input_quantizer.grid()
+        passes = (hidden >= grid.lower) & (hidden <= grid.upper)
+        clipped = last.quantized_input(hidden)
+        final = last.quantized_weight()
+
+    def smooth(units):
+        """The loss as a function of the inner weight in units of its range, with codes further on held in place."""
+        hidden = torch.tanh(F.linear(values, units.view_as(weight) * width, inner.bias))
+        inputs = torch.where(passes, hidden + offset, clipped)
+        return distillation_loss(F.linear(inputs, final, last.bias), batch["target"])
+
+    width = (inner.weight_quantizer.qparams()[0] * 7)[:, None]
+    units = (weight / width).flatten()
+    trace = torch.autograd.functional.hessian(smooth, units).trace()
+    gradient = torch.autograd.functional.jacobian(smooth, units)
+    assert found == pytest.approx(exact(trace, gradient), rel=0.01) and found > 0
+
+
+def test_random_signs_estimate_the_trace(monkeypatch):
+    student, batch = student_of()
+    quantizer = student.last.weight_quantizer
+    found = [
+        estimate_delta(student, loss_of(student), [batch], seed=1000 * seed, disable_progress=True)[quantizer]
+        for seed in range(8)
+    ]
+    expected = estimated(student, batch, quantizer, 15, monkeypatch)
+    mean = torch.tensor(found).mean().item()
+    error = torch.tensor(found).std().item() / 8**0.5
+    assert abs(mean - expected) < 4 * error < expected
+
+
+def test_a_negative_curvature_gives_zero_and_stops_no_sooner():
+    student, batch = student_of()
+    found = estimate_delta(student, lambda b: -loss_of(student)(b), [batch], disable_progress=True)
+    assert found[student.last.weight_quantizer] == 0
+    assert found.keys() == set(quantizers(student))
+
+
+def test_draws_stop_when_the_mean_has_settled():
+    student, batch = student_of()
+    calls = []
+
+    def loss(b):
+        calls.append(1)
+        return loss_of(student)(b)
+
+    estimate_delta(student, loss, [batch], tolerance=1e9, disable_progress=True)
+    assert len(calls) == 1 + 2 * 2  # the gradient itself, and two draws of two sides
+    calls.clear()
+    estimate_delta(student, loss, [batch, batch], max_draws=7, tolerance=0, disable_progress=True)
+    assert len(calls) == 2 * (1 + 7 * 2)
+
+
+@pytest.mark.parametrize("build", [timm_resnet, tiny_vit])
+def test_the_model_is_left_as_it_was(build, tmp_path):
+    size, attention = (16, {"attention_bits": 8}) if build is tiny_vit else (32, {})
+    trainer = make_trainer(tmp_path, build, config={"quantizer": "ewgs", **attention}, size=size)
+    trainer.calibrate()
+    model = trainer.model.train()
+    before = copy.deepcopy(model.state_dict())
+    batch = {"pixel_values": torch.randn(4, 3, size, size)}
+    found = estimate_delta(
+        model, lambda b: trainer.compute_loss(model, b), [batch], max_draws=2, disable_progress=True
+    )
+    assert len(found) == len(quantizers(model)) and all(0 <= value < float("inf") for value in found.values())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert quantized_layers(model)
+
+
+def test_without_a_batch_it_is_refused():
+    student, _ = student_of()
+    with pytest.raises(InputError, match="got no batch"):
+        estimate_delta(student, loss_of(student), [])
+
+
+class TestTraining:
+    def test_deltas_are_zero_until_they_are_estimated_and_resumed_with_the_run(self, tmp_path):
+        options = {
+            "config": {"quantizer": "ewgs"},
+            "max_steps": 6,
+            "delta_estimation_steps": 2,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "save_total_limit": 10,
+        }
+        seen = []
+
+        class Watch(TrainerCallback):
+            def on_step_end(self, args, state, control, model, **kwargs):
+                seen.append([module.delta for module in quantizers(model)])
+
+        whole = make_trainer(tmp_path, callbacks=[Watch()], **options)
+        whole.train()
+        assert set(seen[0]) == set(seen[1]) == {0.0} and max(seen[2]) > 0
+        assert seen[2] == seen[3] != seen[4] == seen[5]
+        before, seen[:] = list(seen), []
+        resumed = make_trainer(tmp_path, callbacks=[Watch()], **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert seen == before[3:]
+        assert_same_state(whole.model, resumed.model)
+
+    def test_a_number_of_steps_that_is_none_is_refused(self, tmp_path):
+        with pytest.raises(InputError, match="delta_estimation_steps must be a number of steps, got 0.5"):
+            arguments(tmp_path, delta_estimation_steps=0.5)
