@@ -15,7 +15,9 @@ import itertools
 import logging
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rows import Row, Rows
@@ -25,98 +27,170 @@ from tqdm import tqdm
 QUANTIZERS = ("ewgs", "pact", "lsq", "dorefa")
 BITS = (2, 1, 4, 8)
 SEEDS = (0, 1, 2)
+HEADLINE_SEEDS = (0, 1, 2, 3, 4)
 SQAKD, LABELS, BOTH = "kl", "ce", "ce + kl"
 OBJECTIVES = {SQAKD: "SQAKD", LABELS: "labelled QAT", BOTH: "CE + KL"}
 RATES = (1e-3, 3e-3, 1e-2)
+# Their published weights, but for CC's, which belongs to another formula; all of them train with labels.
+DISTILLATION = {
+    "FitNet": "ce + 100*fitnet",
+    "AT": "ce + 1000*at",
+    "NST": "ce + 50*nst",
+    "SP": "ce + 3000*sp",
+    "RKD": "ce + rkd",
+    "PKT": "ce + 30000*pkt",
+    "FSP": "ce + 50*fsp",
+    "CC": "ce + cc",
+}
+Group = dict[tuple[str, ...], list[Row]]
 
 
-def tuning_rows() -> list[Row]:
-    """Learning rates, on held-out training images: one quantizer, two widths, one seed."""
-    return [
-        Row("lsq", bits, objective, 0, rate, on_held_out=True)
-        for bits, objective, rate in itertools.product(BITS[:2], OBJECTIVES, RATES)
-    ]
+def tuning() -> Group:
+    """Accuracy on held-out images by learning rate: one quantizer, two widths, one seed."""
+    return {
+        (f"W{bits}A{bits}", title, f"{rate:g}"): [Row("lsq", bits, objective, 0, rate, on_held_out=True)]
+        for bits, (objective, title), rate in itertools.product(BITS[:2], OBJECTIVES.items(), RATES)
+    }
 
 
-def grid_rows() -> list[Row]:
+def grid() -> Group:
     """Every quantizer, width and objective."""
-    return [
-        Row(quantizer, bits, objective, seed)
-        for seed, bits, quantizer, objective in itertools.product(SEEDS, BITS, QUANTIZERS, OBJECTIVES)
-    ]
+    return {
+        (f"W{bits}A{bits}", quantizer, title): [Row(quantizer, bits, objective, seed) for seed in SEEDS]
+        for bits, quantizer, (objective, title) in itertools.product(BITS, QUANTIZERS, OBJECTIVES.items())
+    }
 
 
-TABLES: dict[str, Callable[[], list[Row]]] = {"tuning": tuning_rows, "grid": grid_rows}
+def kd() -> Group:
+    """SQAKD against other methods of distillation, one quantizer."""
+    methods = {"SQAKD": SQAKD, "labelled QAT": LABELS, "CE + KL": BOTH, **DISTILLATION}
+    return {
+        (f"W{bits}A{bits}", title): [Row("lsq", bits, objective, seed) for seed in SEEDS]
+        for bits, (title, objective) in itertools.product(BITS[:3], methods.items())
+    }
+
+
+def beyond() -> Group:
+    """What could be better than plain SQAKD, all without labels."""
+    table: Group = {}
+    for bits in BITS[:2]:
+        plain = [Row("lsq", bits, SQAKD, seed) for seed in HEADLINE_SEEDS]
+        settings: dict[str, dict[str, Any]] = {
+            "plain SQAKD": {},
+            "45,000 more unlabelled images": {"student_images": 55_000},
+            "no augmentation": {"augment": "none"},
+            "resized-crop": {"augment": "resized-crop"},
+            "KL + SQuaT's term": {"objective": "kl + squat"},
+            "first ranges by least error": {"quantizer_kwargs": '{"first_range": "error"}'},
+            "first ranges by percentile": {"quantizer_kwargs": '{"first_range": "percentile"}'},
+            "BatchNorm re-estimated": {"training": '{"reestimate_batch_norm": 2048}'},
+            "oscillations dampened, 1e-2": {"training": '{"oscillation_dampening": 0.01}'},
+            "temperature 1": {"training": '{"temperature": 1.0}'},
+            "temperature 8": {"training": '{"temperature": 8.0}'},
+            "ranges learn at a tenth": {"training": '{"quantizer_learning_rate": 3e-4}'},
+            "EWGS, delta 1e-3": {"quantizer": "ewgs"},
+            "EWGS, delta 0": {"quantizer": "ewgs", "quantizer_kwargs": '{"delta": 0.0}'},
+            "EWGS, delta estimated": {"quantizer": "ewgs", "training": '{"delta_estimation_steps": 157}'},
+        }
+        for title, changes in settings.items():
+            table[f"W{bits}A{bits}", title] = [replace(row, **changes) for row in plain]
+    return table
+
+
+def few() -> Group:
+    """A tenth of the images, for as many steps."""
+    return {
+        (f"W{bits}A{bits}", title): [Row("lsq", bits, objective, seed, share=0.1) for seed in SEEDS]
+        for bits, (objective, title) in itertools.product(BITS[:3], OBJECTIVES.items())
+    }
+
+
+def other() -> Group:
+    """Distilled on grey patches of photographs: the student sees no image of Fashion-MNIST."""
+    return {
+        (f"W{bits}A{bits}", "SQAKD on photographs"): [
+            Row("lsq", bits, SQAKD, seed, source="photographs") for seed in SEEDS
+        ]
+        for bits in sorted(BITS, reverse=True)
+    }
+
+
+TABLES: dict[str, Callable[[], Group]] = {table.__name__: table for table in (tuning, grid, kd, beyond, few, other)}
+
+
+# Whose groups of lines begin with the one that the others are compared with.
+COMPARED = ("grid", "kd", "beyond", "few")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help=f"any of {', '.join(TABLES)}")
+    parser.add_argument("tables", nargs="*", default=list(TABLES), help=f"any of {', '.join(TABLES)}")
     parser.add_argument("--print", action="store_true", help="train nothing")
     parser.add_argument("--rows", type=Path, default=Path(__file__).parent / "reproduction")
     parser.add_argument("--seeds", nargs="+", type=int, help="train rows of these seeds only")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    if unknown := [name for name in options.tables if name not in TABLES]:
+        parser.error(f"there is no table {', '.join(unknown)}; choose from {', '.join(TABLES)}")
     torch.set_num_threads(options.threads)
     logging.disable(logging.WARNING)
     rows = Rows(options.rows)
-    for table in options.tables:
-        if not options.print:
-            wanted = [row for row in TABLES[table]() if options.seeds is None or row.seed in options.seeds]
-            for row in tqdm(wanted, table):
+    for name in () if options.print else options.tables:
+        wanted = [row for cells in TABLES[name]().values() for row in cells]
+        # Seed by seed: what is there when it is interrupted compares.
+        for row in tqdm(sorted(wanted, key=lambda row: row.seed), name):
+            if options.seeds is None or row.seed in options.seeds:
                 rows.run(row)
-    for table in options.tables or TABLES:
-        print(f"\n### {table}\n")
-        for line in globals()[f"print_{table}"](rows):
-            print(line)
+    for name in options.tables:
+        print(f"\n### {name}\n\n{TABLES[name].__doc__}\n")
+        print_table(rows, TABLES[name](), compared=name in COMPARED)
 
 
-def print_tuning(rows: Rows) -> list[str]:
-    lines = [
-        "| objective | bits | " + " | ".join(f"{rate:g}" for rate in RATES) + " |",
-        "|---" * (2 + len(RATES)) + "|",
-    ]
-    for bits, (objective, title) in itertools.product(BITS[:2], OBJECTIVES.items()):
-        cells = [cell(rows, [Row("lsq", bits, objective, 0, rate, on_held_out=True)]) for rate in RATES]
-        lines.append(f"| {title} | W{bits}A{bits} | {' | '.join(cells)} |")
-    return lines
+def print_table(rows: Rows, table: Group, compared: bool) -> None:
+    """Print a line for each entry; if `compared`, also how far SQAKD, the first of each group, is ahead of it."""
+    width = len(next(iter(table)))
+    print(f"|{' |' * width} accuracy | behind the teacher | agreement |{' SQAKD is ahead by |' * compared}")
+    print("|---" * (width + 3 + compared) + "|")
+    for key, wanted in table.items():
+        first = next(others for other, others in table.items() if other[: width - 1] == key[: width - 1])
+        ahead = f" {'' if first is wanted else paired(rows, first, wanted)} |" if compared else ""
+        behind = spread(
+            [100 * (result["teacher"]["accuracy"] - result["student"]["accuracy"]) for result in found(rows, wanted)]
+        )
+        agreement = spread([100 * result["student"]["agreement"] for result in found(rows, wanted)])
+        print(f"| {' | '.join(key)} | {cell(rows, wanted)} | {behind} | {agreement} |{ahead}")
 
 
-def print_grid(rows: Rows) -> list[str]:
-    heads = ("quantizer", "bits", *OBJECTIVES.values(), "SQAKD - labelled", "SQAKD - CE + KL")
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for bits, quantizer in itertools.product(sorted(BITS), QUANTIZERS):
-        of = {objective: [Row(quantizer, bits, objective, seed) for seed in SEEDS] for objective in OBJECTIVES}
-        cells = [cell(rows, of[objective]) for objective in OBJECTIVES]
-        cells += [paired(rows, of[SQAKD], of[other]) for other in (LABELS, BOTH)]
-        lines.append(f"| {quantizer} | W{bits}A{bits} | {' | '.join(cells)} |")
-    return lines
-
-
-def accuracies(rows: Rows, wanted: Sequence[Row]) -> dict[int, float]:
-    """Return the accuracy in points by seed, of the rows that exist."""
-    found = {row.seed: rows.read(row) for row in wanted}
-    return {seed: 100 * result["student"]["accuracy"] for seed, result in found.items() if result is not None}
+def found(rows: Rows, wanted: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the results that exist."""
+    return [result for row in wanted if (result := rows.read(row)) is not None]
 
 
 def cell(rows: Rows, wanted: Sequence[Row]) -> str:
-    """Return mean ± standard deviation of the accuracies."""
-    return mean_std(list(accuracies(rows, wanted).values()), len(wanted))
+    """Return mean ± standard deviation of the accuracies in points, and how many seeds are missing."""
+    values = [100 * result["student"]["accuracy"] for result in found(rows, wanted)]
+    return spread(values) + (f" ({len(values)} of {len(wanted)} seeds)" if 0 < len(values) < len(wanted) else "")
 
 
 def paired(rows: Rows, one: Sequence[Row], other: Sequence[Row]) -> str:
-    """Return mean ± standard deviation of the differences of rows with the same seed."""
-    first, second = accuracies(rows, one), accuracies(rows, other)
-    return mean_std([first[seed] - second[seed] for seed in first if seed in second], len(one), signed=True)
+    """Return mean ± standard deviation of the differences of rows with the same seed and teacher."""
+    first, second = (
+        {(result["row"]["seed"], result["teacher_fingerprint"]): result for result in found(rows, wanted)}
+        for wanted in (one, other)
+    )
+    differences = [
+        100 * (first[key]["student"]["accuracy"] - second[key]["student"]["accuracy"])
+        for key in first.keys() & second.keys()
+    ]
+    return spread(differences, signed=True) if differences else "not run"
 
 
-def mean_std(values: list[float], wanted: int, signed: bool = False) -> str:
+def spread(values: list[float], signed: bool = False) -> str:
+    """Return mean ± standard deviation."""
     if not values:
         return "not run"
-    sign = "+" if signed else ""
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    missing = f" ({len(values)} of {wanted} seeds)" if len(values) < wanted else ""
-    return f"{statistics.mean(values):{sign}.2f}{spread}{missing}"
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{'+' if signed else ''}.2f}{deviation}"
 
 
 if __name__ == "__main__":

@@ -15,8 +15,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import torch
 from measure import machine
+from PIL import Image
+from sklearn.datasets import load_sample_images
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
@@ -33,6 +37,7 @@ from sqakd_hf import (
     quantize_model,
 )
 from sqakd_hf.modeling import preprocessing
+from sqakd_hf.objective import FEATURE_TERMS
 from sqakd_hf.teacher import Teacher
 
 
@@ -54,7 +59,9 @@ class Row:
         learning_rate: Of the weights; ranges have a hundredth.
         model: timm's name.
         epochs, images: Of the student's training; the teacher has the same images.
-        share: The part of the images that the student sees; its number of steps stays that of all of them.
+        share: The part of the teacher's images that the student sees; its number of steps stays that of all of them.
+        student_images: So many images for the student instead, the teacher's among them; the steps stay.
+        source: `"fashion_mnist"`, or `"photographs"`: grey patches of scikit-learn's two photographs for the student.
         augment: See `ImageTransform`.
         on_held_out: Measure on `HELD_OUT` training images that nobody else sees, instead of the test images.
         teacher_epochs: Of the teacher, augmented by crop-flip.
@@ -70,6 +77,8 @@ class Row:
     epochs: int = 10
     images: int = 10_000
     share: float = 1.0
+    student_images: int = 0
+    source: str = "fashion_mnist"
     augment: str = "crop-flip"
     on_held_out: bool = False
     teacher_epochs: int = 40
@@ -125,16 +134,19 @@ class Rows:
             quantizer_kwargs=json.loads(row.quantizer_kwargs),
         )
         quantize_model(student, config)
-        train = data.train(row.augment, round(row.share * row.images))
+        if row.source == "photographs":
+            train = Preloaded(photographs(row.images, row.seed).with_transform(data.transform()), SHIFTS[row.augment])
+        else:
+            train = data.train(row.augment, row.student_images or round(row.share * row.images))
         steps = row.epochs * -(-row.images // BATCH)
         folder = self.teachers.parent / "runs" / row.name
-        cached = row.augment == "none" and row.objective in ("kl", "ce", "ce + kl")
+        in_memory = row.augment == "none" and not set(row.objective.split()) & set(FEATURE_TERMS)
         args = SQAKDTrainingArguments(
             output_dir=str(folder),
             max_steps=steps,
             learning_rate=row.learning_rate,
             objective=row.objective,
-            cache_teacher_logits=str(folder / "logits") if cached else None,
+            cache_teacher_logits=str(folder / "logits") if in_memory else None,
             **common(row.seed),
             **json.loads(row.training),
         )
@@ -235,30 +247,42 @@ class Images:
 
     def __init__(self, seed: int, count: int) -> None:
         data = load_image_data("fashion_mnist", seed=seed)
+        self.transform = functools.partial(ImageTransform, SIZE, *_normalisation())
         order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed)).tolist()
         self._train, self._held_out, self._test = data.train, order[-HELD_OUT:], data.test
-        self._order = order[: min(count, len(order) - HELD_OUT)]
-        self._transform = functools.partial(ImageTransform, SIZE, *_normalisation())
+        self._order, self._count = order[:-HELD_OUT], count
 
     def train(self, augment: str, count: int | None = None) -> Dataset:
-        """Return the first `count` training images, all by default."""
-        images = self._train.select(self._order[:count])
+        """Return the first `count` training images, by default the teacher's."""
+        images = self._train.select(self._order[: self._count if count is None else count])
         if augment in SHIFTS:
-            return Preloaded(images.with_transform(self._transform()), SHIFTS[augment])
-        return images.with_transform(self._transform(augment=augment))
+            return Preloaded(images.with_transform(self.transform()), SHIFTS[augment])
+        return images.with_transform(self.transform(augment=augment))
 
     @functools.cached_property
     def held_out(self) -> Dataset:
         """Images for choosing a learning rate."""
-        return Preloaded(self._train.select(self._held_out).with_transform(self._transform()))
+        return Preloaded(self._train.select(self._held_out).with_transform(self.transform()))
 
     @functools.cached_property
     def test(self) -> Dataset:
         """All test images."""
-        return Preloaded(self._test.with_transform(self._transform()))
+        return Preloaded(self._test.with_transform(self.transform()))
 
 
 images_of = functools.lru_cache(maxsize=1)(Images)
+
+
+def photographs(count: int, seed: int) -> datasets.Dataset:
+    """Return square patches of scikit-learn's sample photographs, grey, of 28 to 112 pixels: no clothes to be seen."""
+    generator = np.random.default_rng(seed)
+    pictures = [Image.fromarray(picture).convert("L") for picture in load_sample_images().images]
+    patches = []
+    for number in range(count):
+        picture, side = pictures[number % len(pictures)], int(generator.integers(SIZE, 4 * SIZE))
+        left, top = (int(generator.integers(0, length - side)) for length in picture.size)
+        patches.append(picture.crop((left, top, left + side, top + side)).resize((SIZE, SIZE)))
+    return datasets.Dataset.from_dict({"image": patches}, datasets.Features({"image": datasets.Image()}))
 
 
 def _normalisation() -> tuple[tuple[float, ...], tuple[float, ...]]:
