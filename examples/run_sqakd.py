@@ -7,7 +7,8 @@
         --teacher path/to/trained/model
 
 Without --teacher the script first fine-tunes one, by ordinary supervised training. Distillation itself never reads a
-label; labels of the test images, where they exist, only serve to report accuracy.
+label (unless --objective asks for it, to compare); labels of the test images, where they exist, only serve to report
+accuracy.
 """
 
 import contextlib
@@ -77,6 +78,9 @@ class ScriptArguments:
     validation_fraction: float = field(
         default=0.1,
         metadata={"help": "share of the training images held out, unlabelled, to choose the best checkpoint; 0: none"},
+    )
+    teacher_from_scratch: bool = field(
+        default=False, metadata={"help": "train the teacher from random weights, whatever weights there are"}
     )
     teacher_epochs: float = field(default=8.0, metadata={"help": "epochs to fine-tune a teacher"})
     teacher_learning_rate: float = field(default=1e-3, metadata={"help": "learning rate to fine-tune a teacher"})
@@ -240,8 +244,9 @@ def get_teacher(script: ScriptArguments, args: DistillationArguments, data: Imag
         )
     classes, model_args = len(data.class_names), parse_json("model_args", script.model_args)
     try:
-        if model_args:
-            raise WeightsNotFoundError("--model_args change the architecture.")
+        if model_args or script.teacher_from_scratch:
+            why = "--model_args change the architecture." if model_args else "--teacher_from_scratch asks for it."
+            raise WeightsNotFoundError(why)
         model = load_teacher(script.model, num_labels=classes)
     except WeightsNotFoundError as error:
         size = script.image_size or IMAGE_SIZES.get(script.dataset)
@@ -289,6 +294,7 @@ def train_teacher(teacher: PreTrainedModel, train, script: ScriptArguments, args
         optim=script.teacher_optim,
         optim_args=script.teacher_optim_args,
         label_smoothing_factor=script.teacher_label_smoothing,
+        max_grad_norm=args.max_grad_norm,
         logging_strategy="epoch",
         save_strategy="no",
         **shared_arguments(args),

@@ -60,6 +60,7 @@ def model_card(
         `ModelCard`: With metadata that the Hub understands, `model-index` included where results are known.
     """
     plan: QuantizationPlan = model.quantization_plan
+    objective = str((training_arguments or {}).get("objective", "kl"))
     bits = plan.bits()
     name = repo_id.split("/")[-1]
     auto_class, pipeline_tag = _task(model)
@@ -83,15 +84,12 @@ def model_card(
         snippet += f'classifier = pipeline("image-classification", "{repo_id}")\n'
     sections = [
         f"---\n{data.to_yaml()}\n---\n\n# {name}",
-        f"{origin} with {bits} weights and activations (bits of most of its weights), trained by self-supervised "
-        "quantization-aware knowledge distillation "
-        "([SQAKD](https://arxiv.org/abs/2403.11106)): the only loss is the divergence from the full-precision "
-        "teacher's logits, and no labels are used.",
+        f"{origin} with {bits} weights and activations (bits of most of its weights), trained {_method(objective)}",
         f"## Load it\n\n```bash\npip install sqakd_hf\n```\n\n```python\n{snippet}```",
         "## Results\n\n" + _results(results, dataset_name or ", ".join(datasets) or None),
         "## Size\n\n" + _size(model, stored_bytes),
         "## Bits\n\n" + _bits(plan),
-        "## Training\n\n" + _training(training_arguments, dataset_name or ", ".join(datasets) or None),
+        "## Training\n\n" + _training(training_arguments, objective, dataset_name or ", ".join(datasets) or None),
     ]
     return ModelCard("\n\n".join(sections) + "\n", ignore_metadata_errors=False)
 
@@ -134,8 +132,24 @@ def _bits(plan: QuantizationPlan) -> str:
     return f"{_table(rows)}\n\n<details><summary>Layer by layer</summary>\n\n```\n{plan}\n```\n\n</details>"
 
 
-def _training(arguments: Mapping[str, Any] | None, dataset: str | None) -> str:
-    images = f"Images: {dataset}, without labels." if dataset else "The training images were not recorded."
+def _method(objective: str) -> str:
+    if objective == "kl":
+        return (
+            "by self-supervised quantization-aware knowledge distillation "
+            "([SQAKD](https://arxiv.org/abs/2403.11106)): the only loss is the divergence from the full-precision "
+            "teacher's logits, and no labels are used."
+        )
+    labels = "with" if _reads_labels(objective) else "without"
+    return f"by quantization-aware training {labels} labels: the loss is `{objective}` (`kl`: SQAKD's divergence)."
+
+
+def _reads_labels(objective: str) -> bool:
+    return any(part.split("*")[-1].strip() == "ce" for part in objective.split("+"))
+
+
+def _training(arguments: Mapping[str, Any] | None, objective: str, dataset: str | None) -> str:
+    labels = "with" if _reads_labels(objective) else "without"
+    images = f"Images: {dataset}, {labels} labels." if dataset else "The training images were not recorded."
     if not arguments:
         return images
     return f"{images}\n\n" + _table([["argument", "value"], *([f"`{k}`", f"`{v}`"] for k, v in arguments.items())])

@@ -271,6 +271,11 @@ def batch_statistics(model: nn.Module) -> contextlib.AbstractContextManager:
     return _batch_statistics(_batch_norms(model), keep_running=True)
 
 
+def has_batch_norm(model: nn.Module) -> bool:
+    """Tell whether `model` has a BatchNorm layer."""
+    return bool(_batch_norms(model))
+
+
 def _batch_norms(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 

@@ -72,25 +72,35 @@ class _Output:
 
     def __init__(self, quantizer: FakeQuantizer):
         self.quantizer = quantizer
-        self.perturbation: torch.Tensor | float = 0.0
-        self._base: tuple[torch.Tensor, torch.Tensor] | None = None
+        # One of each for every call in a forward: a module may run several times.
+        self.values: list[torch.Tensor] = []
+        self.perturbations: list[torch.Tensor] = []
+        self._bases: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.width = torch.empty(0)
 
     def __call__(self, quantizer: FakeQuantizer, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        x = args[0]
-        if self._base is None:
+        x, call = args[0], len(self.values)
+        if call == len(self._bases):
             grid = quantizer.grid()
             # Nothing lies before a weight.
             passes = (x >= grid.lower) & (x <= grid.upper) if quantizer.role == "activation" else torch.tensor(False)
-            self._base = passes, (output - x * passes).detach()
+            self._bases.append((passes, (output - x * passes).detach()))
             ends = (grid.scale * (quantizer.levels - 1)).detach()
             shape = [1] * x.dim()
             if ends.numel() > 1:
                 shape[quantizer.channel_axis] = -1
             self.width = ends.view(shape)
-        passes, offset = self._base
-        value = x * passes + offset + self.perturbation
-        self.value = value if value.requires_grad else value.requires_grad_()
-        return self.value
+        passes, offset = self._bases[call]
+        value = x * passes + offset
+        if self.perturbations:
+            value = value + self.perturbations[call]
+        self.values.append(value if value.requires_grad else value.requires_grad_())
+        return self.values[-1]
+
+    @property
+    def size(self) -> int:
+        """Elements of all calls."""
+        return sum(value.numel() for value in self.values)
 
 
 def _of_batch(
@@ -104,31 +114,39 @@ def _of_batch(
 ) -> dict[FakeQuantizer, float]:
     outputs = [_Output(quantizer) for quantizer in quantizers(model)]
 
-    def gradients() -> list[torch.Tensor]:
-        """Return the gradients in units of the quantizers' ranges."""
+    def gradients() -> list[list[torch.Tensor]]:
+        """Return the gradients in units of the quantizers' ranges, zero where the loss does not depend on one."""
+        for output in outputs:
+            output.values.clear()
         with torch.enable_grad():
             value = loss(batch)
-            found = torch.autograd.grad(value, [output.value for output in outputs])
-        return [output.width * gradient for output, gradient in zip(outputs, found, strict=True)]
+            every = [each for output in outputs for each in output.values]
+            found = iter(torch.autograd.grad(value, every, allow_unused=True, materialize_grads=True))
+        return [[output.width * next(found) for _ in output.values] for output in outputs]
 
     with ExitStack() as stack:
         for output in outputs:
             stack.callback(output.quantizer.register_forward_hook(output).remove)
-        spread = torch.stack([gradient.std() for gradient in gradients()])
+        base = [gradient for gradient in gradients() if gradient]
+        outputs = [output for output in outputs if output.values]  # those that ran
+        spread = torch.stack([torch.cat([each.flatten() for each in gradient]).std() for gradient in base])
         traces = torch.zeros(len(outputs), dtype=torch.float64, device=spread.device)
         for draw in range(1, max_draws + 1):
-            signs = [_signs(output.value, generator) for output in outputs]
+            signs = [[_signs(value, generator) for value in output.values] for output in outputs]
             products = torch.zeros_like(traces)
             for side in (1, -1):
                 for output, sign in zip(outputs, signs, strict=True):
-                    output.perturbation = side * _DIFFERENCE * output.width * sign
-                sums = [(sign * gradient).sum() for sign, gradient in zip(signs, gradients(), strict=True)]
+                    output.perturbations = [side * _DIFFERENCE * output.width * each for each in sign]
+                sums = [
+                    sum((one * other).sum() for one, other in zip(sign, gradient, strict=True))
+                    for sign, gradient in zip(signs, gradients(), strict=True)
+                ]
                 products += side * torch.stack(sums) / (2 * _DIFFERENCE)
             before, traces = traces, traces + (products - traces) / draw
             bar.update()
             if draw > 1 and bool(((traces - before).abs() <= tolerance * before.abs()).all()):
                 break
-    sizes = traces.new_tensor([output.value.numel() for output in outputs])
+    sizes = traces.new_tensor([output.size for output in outputs])
     deltas = traces / sizes / (3 * spread.clamp(min=torch.finfo(spread.dtype).tiny))
     return dict(zip((output.quantizer for output in outputs), deltas.tolist(), strict=True))
 

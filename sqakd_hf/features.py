@@ -1,6 +1,7 @@
 """Features inside student and teacher: the last output at each resolution, and what one layer's quantizer puts out."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -49,11 +50,19 @@ def find_stages(model: nn.Module, inputs: Mapping[str, Any]) -> list[str]:
     """Return, for each resolution, the outermost module that puts out features of it, in order of execution.
 
     Features are maps `(B, C, H, W)` or tokens `(B, N, C)`; of several outermost modules the last one counts. In a
-    ResNet these are the stem and the stages, in a ViT the last block's normalised tokens.
+    ResNet these are the stem and the stages, in a ViT the last block's normalised tokens. What has many more positions
+    than what ran before it (attention's products, a decoder's maps) is no stage.
 
     Raises:
-        `InputError`: No module puts out features.
+        `InputError`: No module puts out features, or they are of another layout.
     """
+    # timm's models say it; its patch embeddings say it of what goes on to become tokens.
+    models = [module for module in model.modules() if hasattr(module, "feature_info")]
+    if any(getattr(each, "output_fmt", None) == "NHWC" for each in models):
+        raise InputError(
+            f"{type(model).__name__} has features (B, H, W, C); feature terms compare maps (B, C, H, W) and tokens. "
+            "Use the terms 'kl' and 'ce' alone."
+        )
     found: dict[tuple[int, ...], str] = {}
     handles = []
 
@@ -76,7 +85,12 @@ def find_stages(model: nn.Module, inputs: Mapping[str, Any]) -> list[str]:
             f"{type(model).__name__} has no feature maps (B, C, H, W) or tokens (B, N, C) to compare. Use "
             "the terms 'kl' and 'ce' alone."
         )
-    return list(found.values())
+    stages, before = [], math.inf
+    for positions, name in found.items():
+        if math.prod(positions) <= 2 * before:  # a class token may join the others
+            stages.append(name)
+            before = math.prod(positions)
+    return stages
 
 
 def feature_maps(features: torch.Tensor) -> torch.Tensor:
@@ -109,7 +123,8 @@ def find_lattice_layer(student: nn.Module, name: str | None = None) -> str:
                 f"feature_layer={name!r} is no layer whose quantized input can be compared.{suggest(name, names)}"
             )
         return name
-    layers: dict[str, QuantizedLayer] = {name: student.get_submodule(name) for name in names[:-1]}
+    head = plan.layers[-1].name  # in float it is not among the names
+    layers: dict[str, QuantizedLayer] = {name: student.get_submodule(name) for name in names if name != head}
     convolutions = [name for name, layer in layers.items() if layer.stored_weight.dim() > 2]
     wide = [name for name in convolutions if layers[name].stored_weight[0, 0].numel() > 1]
     widening = [name for name, layer in layers.items() if layer.stored_weight.shape[0] > layer.stored_weight.shape[1]]

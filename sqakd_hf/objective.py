@@ -65,8 +65,10 @@ def parse_objective(text: str) -> tuple[Term, ...]:
     return tuple(terms)
 
 
-def label_loss(logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+def label_loss(logits: torch.Tensor, labels: torch.Tensor | None, smoothing: float = 0.0) -> torch.Tensor:
     """Return the cross-entropy of `logits` `(B, K)` and the classes `labels` `(B,)`, in float32.
+
+    `smoothing` is the share of the probability that is spread over all classes.
 
     Raises:
         `InputError`: No labels, or not one an image.
@@ -79,7 +81,7 @@ def label_loss(logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tenso
         raise InputError(
             f"The term 'ce' needs logits (B, K) and labels (B,), got {tuple(logits.shape)} and {tuple(labels.shape)}."
         )
-    return F.cross_entropy(logits.float(), labels)
+    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
 class Features:
@@ -133,6 +135,12 @@ class Features:
                 target = self._quantizer(other)
             lower, upper = self._quantizer.grid()[:2]
             return losses.lattice_loss(values, target, lower, upper)
+        missing = [stage for stage in self.stages if stage not in self._student_maps.features]
+        if missing:
+            raise InputError(
+                f"The student ran without calling {missing[0]!r}, whose features are compared: gradient checkpointing "
+                "goes around it. Turn that off, or use the objective 'kl'."
+            )
         student, teacher = (
             [feature_maps(tap.features[stage]) for stage in self.stages]
             for tap in (self._student_maps, self._teacher_maps)
@@ -165,6 +173,7 @@ def total_loss(
     student: Prediction,
     labels: torch.Tensor | None,
     features: Features | None,
+    smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Return the weighted sum of the terms; `divergence` computes `kl`, and is not called without that term."""
     total = 0.0
@@ -172,7 +181,7 @@ def total_loss(
         if name == "kl":
             value = divergence()
         elif name == "ce":
-            value = label_loss(student.logits, labels)
+            value = label_loss(student.logits, labels, smoothing)
         else:
             value = features.loss(name)
         total = total + (value if weight == 1 else weight * value)

@@ -9,7 +9,7 @@ from .layers import QuantizedLayer
 
 
 def dampening_loss(layers: Iterable[QuantizedLayer]) -> torch.Tensor:
-    """Return the summed squared distance of the weights from their quantized values, clipped weights left out.
+    """Return the summed squared distance of the weights from their quantized values, up to the last value.
 
     Its gradient pulls a weight to the value it is rounded to, away from the threshold where it would flip:
     [Overcoming Oscillations in Quantization-Aware Training](https://arxiv.org/abs/2203.11086). It does not reach the
@@ -20,14 +20,12 @@ def dampening_loss(layers: Iterable[QuantizedLayer]) -> torch.Tensor:
         quantizer = layer.weight_quantizer
         weight = quantizer.transform(layer.float_weight())
         with torch.no_grad():
-            values = quantizer.dequantize(quantizer.quantize(layer.float_weight()))
+            codes = quantizer.quantize(layer.float_weight())
+            values = quantizer.dequantize(codes)
             # Beyond the last value there is no threshold to stay away from.
-            half = quantizer.qparams()[0] / 2
-            axis = [1] * weight.dim()
-            if quantizer.channel_axis is not None and half.numel() > 1:
-                axis[quantizer.channel_axis] = -1
-            near = (weight - values).abs() <= half.view(axis) * (1 + 1e-6)
-        total = total + ((weight - values) * near).square().sum()
+            first, last = (quantizer.dequantize(torch.full_like(codes, code)) for code in (0, quantizer.levels - 1))
+            between = (weight > first) & (weight < last)
+        total = total + ((weight - values) * between).square().sum()
     return total
 
 

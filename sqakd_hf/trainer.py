@@ -26,6 +26,7 @@ from .checkpoint import STATE_FILE, is_complete, last_checkpoint
 from .collator import ImageCollator
 from .convert import (
     calibrate_model,
+    has_batch_norm,
     is_calibrated,
     quantized_layers,
     quantizers,
@@ -74,16 +75,20 @@ CARD_ARGUMENTS = (
     "seed",
     "bf16",
     "fp16",
+    "reestimate_batch_norm",
+    "oscillation_dampening",
+    "delta_estimation_steps",
 )
 
 
 class SQAKDTrainer(Trainer):
     """Distil a quantized student from its full-precision teacher, on images without labels.
 
-    The loss is [`distillation_loss`] of the two models' logits on the same batch and nothing else, whether they are
+    The loss is [`distillation_loss`] of the two models' logits on the same batch and nothing else (unless
+    `args.objective` asks for labels or features, to compare with that), whether they are
     one set an image, one a pixel (segmentation; pixels where the batch's `valid_mask` is `False` are left out) or one
     a query. A detector's boxes, which are no distribution, add their [`~sqakd_hf.losses.box_loss`]. Labels in the
-    batch never reach the training; `evaluate` uses them, where they exist, to add the accuracy.
+    batch never reach that loss; `evaluate` uses them, where they exist, to add the accuracy.
 
     Args:
         model (`nn.Module`): The student, after [`quantize_model`]; a transformers model, or a timm (or any other)
@@ -196,7 +201,9 @@ class SQAKDTrainer(Trainer):
         if not resume_from_checkpoint and not is_calibrated(self.model):
             self.calibrate()
         self.model.train()  # a student loaded from codes becomes latent before it is spread over devices
+        self._check_options()
         if self.args.delta_estimation_steps:
+            self._deltas_of_step = 0
             self._set_deltas(_read_deltas(resume_from_checkpoint) if resume_from_checkpoint else {})
         self._shared_weights = SharedWeights(self.model)
         if self.model_wrapped is self.model:
@@ -210,6 +217,24 @@ class SQAKDTrainer(Trainer):
                 disable_progress=not self.is_world_process_zero(),
             )
         return output
+
+    def _check_options(self) -> None:
+        """Refuse, before the first step, options that this model or this way of running it has no use for."""
+        looks_inside = {term.name for term in self._objective} & set(FEATURE_TERMS)
+        if self._shards_weights():
+            for option, asked in (
+                (f"The objective {self.args.objective!r}", looks_inside),
+                ("oscillation_dampening", self.args.oscillation_dampening),
+                ("delta_estimation_steps", self.args.delta_estimation_steps),
+            ):
+                if asked:
+                    raise InputError(f"{option} needs whole weights: it does not work where they are sharded.")
+        if looks_inside and len(self.teacher.models) > 1:
+            raise InputError(
+                f"The objective {self.args.objective!r} compares features: pass one teacher, not several."
+            )
+        if self.args.reestimate_batch_norm and not has_batch_norm(self.model):
+            raise InputError("reestimate_batch_norm: the student has no BatchNorm.")
 
     @contextlib.contextmanager
     def _images_as_trained(self) -> Iterator[None]:
@@ -315,6 +340,7 @@ class SQAKDTrainer(Trainer):
                 student,
                 inputs.get("labels"),
                 features,
+                self.args.label_smoothing_factor,
             )
         if self.args.oscillation_dampening and model.training:
             weight = self.args.oscillation_dampening * ramp(self.state.global_step, self.state.max_steps)
@@ -344,18 +370,20 @@ class SQAKDTrainer(Trainer):
         if not names:
             return None
         if self._feature_terms is None:
-            if len(self.teacher.models) > 1 or self._shards_weights():
-                why = "shards its weights" if self._shards_weights() else "has several teachers"
-                raise InputError(f"The objective {self.args.objective!r} compares features, but this run {why}.")
             teacher = self.teacher.models[0]
             self._feature_terms = Features(names, self.model, teacher, inputs, self.args.feature_layer)
         return self._feature_terms
 
     def _weights_quantized_once(self) -> contextlib.AbstractContextManager:
         """Share the quantized weights between the batches whose gradients are accumulated."""
-        # A compiled model decides itself what is computed when; sharded weights are whole only while they are used.
+        # A compiled model decides itself what is computed when; sharded weights are whole only while they are used;
+        # and DDP may want a gradient of every parameter in every batch, or know which have none.
+        ddp = self.args.world_size > 1 and (
+            self.args.ddp_find_unused_parameters
+            or (self.args.accelerator_config.gradient_accumulation_kwargs or {}).get("sync_each_batch")
+        )
         compiled = self._compile_options() is not None
-        if self.args.gradient_accumulation_steps == 1 or compiled or self._shards_weights():
+        if self.args.gradient_accumulation_steps == 1 or compiled or ddp or self._shards_weights():
             return contextlib.nullcontext()
         return self._shared_weights.batch(is_last=self.accelerator.sync_gradients)
 
@@ -364,18 +392,16 @@ class SQAKDTrainer(Trainer):
 
     def _estimate_deltas(self) -> None:
         """Set every quantizer's `delta` from the curvature of the loss at the first three training batches."""
-        if self._shards_weights():
-            raise InputError("delta_estimation_steps needs whole weights: it does not work where they are sharded.")
 
         def loss(inputs: dict[str, Any]) -> torch.Tensor:
             return self._loss(self._predict(self.model, inputs), self.teacher_prediction(inputs), None)
 
-        batches = [
-            self._prepare_inputs({"pixel_values": images})
-            for images in self._first_batches(3 * self.args.train_batch_size, self.args.train_batch_size)
-        ]
+        batch = max(self.args.train_batch_size, 2)
+        batches = [self._prepare_inputs({"pixel_values": images}) for images in self._first_batches(3 * batch, batch)]
         found = estimate_delta(self.model, loss, batches, disable_progress=self.args.disable_tqdm)
-        values = torch.tensor([found[quantizer] for quantizer in quantizers(self.model)], device=self.args.device)
+        values = torch.tensor(
+            [found.get(quantizer, 0.0) for quantizer in quantizers(self.model)], device=self.args.device
+        )
         if self.args.world_size > 1:  # each process has images of its own where they are augmented
             torch.distributed.broadcast(values, src=0)
         self._set_deltas(dict(zip(_quantizer_names(self.model), values.tolist(), strict=True)))

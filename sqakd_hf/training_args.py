@@ -122,6 +122,8 @@ class SQAKDTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise InputError(f"{name} must be a number of {unit}, got {value!r}.")
+        if self.reestimate_batch_norm == 1:
+            raise InputError("reestimate_batch_norm is a number of images, and 1 has no variance. Use a few hundred.")
         if not 0 <= self.oscillation_dampening < math.inf:
             raise InputError(
                 f"oscillation_dampening must be a non-negative number, got {self.oscillation_dampening!r}."
@@ -130,10 +132,13 @@ class SQAKDTrainingArguments(TrainingArguments):
             raise InputError(
                 f"teacher_dtype must be 'auto' or one of {quote(TEACHER_DTYPES)}, got {self.teacher_dtype!r}."
             )
-        features = {term.name for term in parse_objective(self.objective)} & set(FEATURE_TERMS)
-        if features and (self.cache_teacher_logits is not None or self.torch_compile):
-            option = "torch_compile" if self.torch_compile else "cache_teacher_logits"
-            raise InputError(f"The objective {self.objective!r} looks into the teacher: it can't go with {option}.")
+        terms = {term.name for term in parse_objective(self.objective)}
+        features = terms & set(FEATURE_TERMS)
+        for option in ("cache_teacher_logits", "torch_compile", "gradient_checkpointing"):
+            if features and getattr(self, option):
+                raise InputError(f"The objective {self.objective!r} looks into the models: it can't go with {option}.")
+        if self.label_smoothing_factor and "ce" not in terms:
+            raise InputError(f"label_smoothing_factor belongs to the term 'ce', which {self.objective!r} has not.")
         if self.feature_layer is not None and LATTICE not in features:
             raise InputError(f"feature_layer belongs to the term 'squat', which {self.objective!r} has not.")
         if self.activation_memory not in ("normal", "low"):

@@ -136,9 +136,20 @@ def test_random_signs_estimate_the_trace(monkeypatch):
 
 def test_a_negative_curvature_gives_zero_and_stops_no_sooner():
     student, batch = student_of()
-    found = estimate_delta(student, lambda b: -loss_of(student)(b), [batch], disable_progress=True)
+    calls = {1: 0, -1: 0}
+
+    def signed(sign):
+        def loss(b):
+            calls[sign] += 1
+            return sign * loss_of(student)(b)
+
+        return estimate_delta(student, loss, [batch], disable_progress=True)
+
+    assert signed(1)[student.last.weight_quantizer] > 0
+    found = signed(-1)
     assert found[student.last.weight_quantizer] == 0
     assert found.keys() == set(quantizers(student))
+    assert calls[1] == calls[-1] > 20
 
 
 def test_draws_stop_when_the_mean_has_settled():
@@ -174,6 +185,37 @@ def test_the_model_is_left_as_it_was(build, tmp_path):
     assert quantized_layers(model)
 
 
+class Twice(nn.Module):
+    """One layer on two inputs of other sizes, and one that the loss does not depend on."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.shared, self.unused, self.last = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x):
+        hidden = self.first(x)
+        both = torch.tanh(self.shared(hidden)).mean(0) + torch.tanh(self.shared(hidden[:3])).mean(0)
+        return self.last(both + hidden) + 0 * self.unused(hidden).detach()
+
+
+def test_layers_that_run_twice_or_for_nothing_do_not_change_the_output():
+    torch.manual_seed(0)
+    student, images = Twice(), torch.randn(6, 4)
+    quantize_model(student, QuantizationConfig("ewgs", 3, 3), images)
+    calibrate_model(student, [images], disable_progress=True)
+    expected = student.eval()(images)
+    seen = []
+
+    def loss(batch):
+        seen.append(student(batch["pixel_values"]))
+        return distillation_loss(seen[-1], torch.zeros(6, 4))
+
+    found = estimate_delta(student, loss, [{"pixel_values": images}], max_draws=2, disable_progress=True)
+    torch.testing.assert_close(seen[0], expected)
+    assert found[student.unused.weight_quantizer] == 0
+    assert found.keys() == set(quantizers(student))
+
+
 def test_without_a_batch_it_is_refused():
     student, _ = student_of()
     with pytest.raises(InputError, match="got no batch"):
@@ -205,6 +247,12 @@ class TestTraining:
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
         assert seen == before[3:]
         assert_same_state(whole.model, resumed.model)
+
+    def test_a_second_training_estimates_again(self, tmp_path):
+        trainer = make_trainer(tmp_path, config={"quantizer": "ewgs"}, max_steps=3, delta_estimation_steps=2)
+        for _ in range(2):
+            trainer.train()
+            assert max(module.delta for module in quantizers(trainer.model)) > 0
 
     def test_a_number_of_steps_that_is_none_is_refused(self, tmp_path):
         with pytest.raises(InputError, match="delta_estimation_steps must be a number of steps, got 0.5"):

@@ -4,11 +4,14 @@ import copy
 import tempfile
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.trainer_pt_utils import LabelSmoother
 
-from sqakd_hf import InputError, SQAKDTrainer, distillation_loss
+from sqakd_hf import InputError, QuantizationConfig, SQAKDTrainer, distillation_loss, quantize_model
+from sqakd_hf import models as sqakd_models
 from sqakd_hf.features import find_lattice_layer, find_stages
 from sqakd_hf.objective import FEATURE_TERMS, TERMS, parse_objective
 from tests.conftest import TinyConvNet, tiny_vit
@@ -40,6 +43,10 @@ class TestParsing:
             arguments(tmp_path, objective="kl + at", cache_teacher_logits=str(tmp_path))
         with pytest.raises(InputError, match="can't go with torch_compile"):
             arguments(tmp_path, objective="kl + at", torch_compile=True)
+        with pytest.raises(InputError, match="can't go with gradient_checkpointing"):
+            arguments(tmp_path, objective="kl + at", gradient_checkpointing=True)
+        with pytest.raises(InputError, match="label_smoothing_factor belongs to the term 'ce'"):
+            arguments(tmp_path, label_smoothing_factor=0.1)
         with pytest.raises(InputError, match="feature_layer belongs to the term 'squat'"):
             arguments(tmp_path, feature_layer="stem")
 
@@ -65,6 +72,14 @@ class TestTerms:
         loss, _ = gradient_of(trainer, batch)
         expected = F.cross_entropy(trainer.model(batch["pixel_values"]), batch["labels"])
         torch.testing.assert_close(loss, expected)
+
+    def test_labels_are_smoothed_as_trainer_does(self, tmp_path, batch):
+        trainer = make_trainer(tmp_path, tiny_vit, objective="ce", labelled=True, label_smoothing_factor=0.3)
+        trainer.calibrate()
+        loss, _ = gradient_of(trainer, batch)
+        logits = trainer.model(batch["pixel_values"]).logits
+        smoother = LabelSmoother(epsilon=0.3)  # transformers' own
+        torch.testing.assert_close(loss, smoother({"logits": logits}, batch["labels"]))
 
     def test_weights_add_up(self, tmp_path, batch):
         trainer = make_trainer(tmp_path, objective="0.25*ce + 2*kl", labelled=True)
@@ -121,7 +136,7 @@ class TestTerms:
         student, teacher = models(TinyConvNet)
         teachers = [teacher, copy.deepcopy(teacher)]
         trainer = SQAKDTrainer(student, teachers, arguments(tmp_path, objective="kl + at"), Images())
-        with pytest.raises(InputError, match="has several teachers"):
+        with pytest.raises(InputError, match="one teacher, not several"):
             trainer.train()
 
     def test_what_the_student_can_not_represent_is_not_asked_of_it(self, tmp_path, batch):
@@ -170,6 +185,24 @@ class TestFeatures:
     def test_the_lattice_layer_is_that_of_the_last_block(self, build, layer):
         student, _ = models(build)
         assert find_lattice_layer(student) == layer
+
+    @pytest.mark.parametrize("first_last_bits", [8, None])
+    def test_a_head_in_float_is_no_reason_for_another_layer(self, first_last_bits):
+        student = sqakd_models.resnet20_cifar(num_classes=4)
+        quantize_model(student, QuantizationConfig(first_last_bits=first_last_bits))
+        assert find_lattice_layer(student) == "layer3.2.conv2"
+
+    def test_features_of_another_layout_are_refused(self):
+        model = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=2, depths=(1, 1, 1, 1))
+        with pytest.raises(InputError, match=r"features \(B, H, W, C\)"):
+            find_stages(model.eval(), {"pixel_values": torch.randn(1, 3, 64, 64)})
+
+    def test_products_of_attention_are_no_stage(self):
+        model = timm.create_model("test_vit", num_classes=4, img_size=32, patch_size=4).eval()
+        for block in model.blocks:
+            block.attn.fused_attn = False
+        stages = find_stages(model, {"pixel_values": torch.randn(1, 3, 32, 32)})
+        assert not any("attn" in stage for stage in stages) and stages[-1] == "norm"
 
     def test_a_layer_of_ones_own_choice_must_be_quantized(self):
         student, _ = models(TinyConvNet)

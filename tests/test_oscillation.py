@@ -6,7 +6,8 @@ import torch
 from sqakd_hf import InputError, QuantizationConfig, calibrate_model, list_quantizers, quantize_model
 from sqakd_hf.convert import quantized_layers, reestimate_batch_norm
 from sqakd_hf.oscillation import dampening_loss
-from tests.conftest import TinyConvNet
+from sqakd_hf.quantizers import DoReFaWeight
+from tests.conftest import TinyConvNet, tiny_vit
 from tests.test_trainer import Images, arguments, make_trainer
 
 
@@ -39,12 +40,15 @@ class TestDampening:
 
     def test_leaves_out_what_is_clipped(self, student):
         layer = quantized_layers(student)["body.3"]
-        with torch.no_grad():
-            layer.weight[0, 0, 0, 0] = 50
-        if "dorefa" in str(student.quantization_plan) or "pact" in str(student.quantization_plan):
+        if isinstance(layer.weight_quantizer, DoReFaWeight):
             pytest.skip("squashes weights: none is clipped")
+        scale, zero_point = layer.weight_quantizer.qparams()
+        with torch.no_grad():
+            # A quarter of a step beyond the last value, and before it.
+            layer.weight[0, 0, 0, 0] = (7 - zero_point[0] + 0.25) * scale[0]
+            layer.weight[0, 0, 0, 1] = (7 - zero_point[0] - 0.25) * scale[0]
         dampening_loss([layer]).backward()
-        assert layer.weight.grad[0, 0, 0, 0] == 0 and layer.weight.grad.abs().sum() > 0
+        assert layer.weight.grad[0, 0, 0, 0] == 0 and layer.weight.grad[0, 0, 0, 1] < 0
 
     def test_training_with_it_ends_nearer_to_the_codes(self, tmp_path):
         distances = []
@@ -91,3 +95,9 @@ class TestBatchNorm:
     def test_a_number_that_is_none_is_refused(self, tmp_path):
         with pytest.raises(InputError, match="reestimate_batch_norm must be a number of images"):
             arguments(tmp_path, reestimate_batch_norm=-1)
+        with pytest.raises(InputError, match="1 has no variance"):
+            arguments(tmp_path, reestimate_batch_norm=1)
+
+    def test_a_model_without_batch_norm_is_refused(self, tmp_path):
+        with pytest.raises(InputError, match="no BatchNorm"):
+            make_trainer(tmp_path, tiny_vit, reestimate_batch_norm=24).train()

@@ -38,7 +38,7 @@ def main() -> None:
             f"There is no recipe {name!r}. " + (f"Close: {', '.join(close)}." if close else "See --help.")
         )
     recipe = json.loads((RECIPES / f"{name}.json").read_text())
-    if "--dataset" in given:
+    if any(argument.split("=")[0] == "--dataset" for argument in given):
         recipe = {key: value for key, value in recipe.items() if key not in OF_THE_DATASET}
     recipe.setdefault("output_dir", f"outputs/paper/{name}")
     sys.argv[1:] = [*as_arguments(recipe), *expand_epochs(given)]

@@ -38,14 +38,15 @@ class FakeQuantizer(nn.Module):
             `False` is the papers' free range. Weights and 1-bit signed activations keep their symmetric grid.
         first_range (`str`, *optional*, defaults to `"auto"`): How calibration sets the range: the method's own way
             (`"method"`), by least squared error (`"error"`), or so that it leaves out a thousandth of the data
-            (`"percentile"`). `"auto"`: the method's own up to 4 bits and of PACT and DoReFa, else by least error.
-            Two-valued signed codes, and DoReFa's weights, always have the method's own.
+            (`"percentile"`). `"auto"`: by least error with more than 4 bits, and for activations of 1
+            bit by PACT, DoReFa and LSQ+; else the method's own. Two-valued signed codes, and DoReFa's weights, always
+            have the method's own.
     """
 
     # The range learns from clipped elements alone (PACT).
     clip_only = False
-    # With more than FEW_BITS the first range is that of least error, unless the caller says otherwise.
-    searches_many_bits = True
+    # Widths whose first range is that of least error, unless the caller says otherwise.
+    searched_bits = tuple(range(FEW_BITS + 1, 9))
 
     def __init__(
         self,
@@ -120,7 +121,7 @@ class FakeQuantizer(nn.Module):
     @property
     def searches_range(self) -> bool:
         """Whether [`searched_ends`] sets the first range, rather than the method's own way."""
-        by_bits = self.first_range == "auto" and self.searches_many_bits and self.bits > FEW_BITS
+        by_bits = self.first_range == "auto" and self.bits in self.searched_bits
         return not self.binary and (by_bits or self.first_range in ("error", "percentile"))
 
     def searched_ends(

@@ -30,7 +30,7 @@ def first_magnitude(quantizer: FakeQuantizer, x: torch.Tensor) -> torch.Tensor:
 class _FixedRange(FakeQuantizer):
     """A range of fixed `magnitude`, mirrored for signed inputs."""
 
-    searches_many_bits = False
+    searched_bits = (1,)  # {0, largest magnitude} would round almost everything to 0
 
     def __init__(self, *args, unit_range: bool = False, **kwargs):
         super().__init__(*args, **kwargs)

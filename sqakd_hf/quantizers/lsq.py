@@ -89,6 +89,8 @@ class LSQPlus(FakeQuantizer):
     Weights are symmetric and use [`LSQPlusWeight`].
     """
 
+    searched_bits = (1, *FakeQuantizer.searched_bits)  # as for PACT
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.scale = self.new_range_parameter()

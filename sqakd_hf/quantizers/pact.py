@@ -20,7 +20,7 @@ class PACT(FakeQuantizer):
     """
 
     clip_only = True
-    searches_many_bits = False
+    searched_bits = (1,)  # {0, largest magnitude} would round almost everything to 0
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

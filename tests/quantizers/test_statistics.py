@@ -92,6 +92,13 @@ class TestFirstRange:
             found[first_range] = error(module, x)
         assert found["error"] < 0.99 * found["auto"]
 
+    @pytest.mark.parametrize("quantizer", list_quantizers())
+    def test_one_bit_activations_use_both_codes(self, quantizer):
+        x = torch.randn(20_000, generator=torch.Generator().manual_seed(0)).relu() ** 2
+        module = create_quantizer(quantizer, bits=1, role="activation", signed=False)
+        module.init_range(x)
+        assert 0.02 < module.quantize(x).float().mean() < 0.5
+
     def test_a_percentile_leaves_out_a_thousandth(self):
         x = torch.rand(3, 10_000, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [2.0], [9.0]])
         x[:, 0] = 100
