@@ -144,6 +144,8 @@ class SQAKDTrainer(Trainer):
             classes = num_classes(model), num_classes(teacher)
             if None not in classes:
                 check_same_classes(*classes)
+        for each in (model, *teachers):
+            _forget_preparation(each)
         args = SQAKDTrainingArguments() if args is None else args
         if not isinstance(args, SQAKDTrainingArguments):
             raise InputError(f"args must be SQAKDTrainingArguments, got {type(args).__name__}.")
@@ -696,7 +698,8 @@ def _forget_preparation(model: nn.Module) -> None:
     """Let accelerate prepare `model` for training, whatever it was prepared for before.
 
     It marks a model that it prepared for evaluation, copies of it included, and would leave a marked one as it is: not
-    wrapped in DDP, so that each process trains a student of its own.
+    wrapped in DDP, so that each process trains a student of its own. What was prepared for half precision also keeps
+    an autocast around its forward, inside of any other.
     """
     state = vars(model)
     if state.pop("_is_accelerate_prepared", False) and "_original_forward" in state:

@@ -3,11 +3,12 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
-from sqakd_hf import InputError, SQAKDTrainingArguments
+from sqakd_hf import InputError, QuantizationConfig, SQAKDTrainer, SQAKDTrainingArguments, quantize_model
 from sqakd_hf.teacher import Teacher
 from tests.conftest import IMAGE_SIZE, TinyConvNet, tiny_vit
-from tests.test_trainer import make_trainer
+from tests.test_trainer import Images, arguments, make_trainer
 
 
 class Watch(nn.Module):
@@ -53,6 +54,22 @@ class TestPrecision:
     def test_auto_follows_training(self, tmp_path, options, expected):
         trainer = make_trainer(tmp_path, **options)
         assert trainer.teacher.dtype == expected
+
+    def test_a_teacher_that_another_trainer_ran_in_half_precision_does_not_stay_so(self, tmp_path):
+        torch.manual_seed(0)
+        teacher = tiny_vit().eval()
+        images = Images(8)
+        with torch.no_grad():
+            expected = teacher(images.pixels).logits
+        half = TrainingArguments(str(tmp_path / "teacher"), bf16=True, use_cpu=True, remove_unused_columns=False)
+        Trainer(teacher, half).predict(images)  # accelerate now runs its forward in bfloat16
+        with torch.no_grad():
+            assert not torch.equal(teacher(images.pixels).logits, expected)
+        student = copy.deepcopy(teacher)
+        quantize_model(student, QuantizationConfig())
+        trainer = SQAKDTrainer(student, teacher, arguments(tmp_path, bf16=True, teacher_dtype="float32"), images)
+        found = trainer.teacher_prediction({"pixel_values": images.pixels}).logits
+        assert torch.equal(found, expected)
 
     def test_another_dtype_is_refused(self, tmp_path):
         with pytest.raises(InputError, match="'auto' or one of .*'bfloat16'.* got 'int8'"):
