@@ -9,6 +9,7 @@ import copy
 import fcntl
 import functools
 import json
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -174,6 +175,7 @@ class Rows:
             "seconds": round(seconds),
             "seconds_with_all": round(time.time() - start),
             "teacher_fingerprint": Teacher([teacher], torch.device("cpu")).fingerprint()[:16],
+            "commit": commit(),
             "machine": machine(),
         }
 
@@ -196,6 +198,12 @@ class Rows:
                 Trainer(model, args, train_dataset=data.train("crop-flip"), data_collator=ImageCollator()).train()
                 model.save_pretrained(folder)
         return load_teacher(str(folder))
+
+
+def commit() -> str:
+    """Return the commit of this repository, with a mark if files differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def common(seed: int) -> dict[str, Any]:
