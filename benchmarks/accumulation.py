@@ -12,12 +12,10 @@ import contextlib
 import copy
 import functools
 
-import torch
 from measure import Step, begin, interleaved, parser_of_steps, ratios
 from torch import nn
-from train_step import FLOAT, NETWORKS, student_of
+from train_step import FLOAT, NETWORKS, build, student_of
 
-from sqakd_hf import build_model
 from sqakd_hf.accumulation import SharedWeights
 
 
@@ -34,11 +32,7 @@ def main() -> None:
 
 def measure(name: str, options: argparse.Namespace) -> None:
     """Print the row of one network."""
-    architecture, size, batch = NETWORKS[name]
-    torch.manual_seed(0)
-    images = torch.randn(batch, 3, size, size, device=options.device)
-    labels = torch.randint(100, (batch,), device=options.device)
-    model = build_model(architecture, 100, image_size=size).timm_model.to(options.device).train()
+    images, labels, model = build(name, options.device)
     student = student_of(model, images, "lsq", 4)
     loss = functools.partial(nn.functional.cross_entropy, target=labels)
     steps = {
@@ -48,7 +42,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
     }
     seconds = interleaved(steps, options.rounds, options.device)
     cells = [ratios(seconds[row], seconds[FLOAT]) for row in ("own", "shared")]
-    print(f"| {name}, batch {batch} | {' | '.join(f'{m:.3f} ± {s:.3f}' for m, s in cells)} |", flush=True)
+    print(f"| {name}, batch {len(images)} | {' | '.join(f'{m:.3f} ± {s:.3f}' for m, s in cells)} |", flush=True)
 
 
 class AccumulatedStep(Step):

@@ -14,9 +14,9 @@ import copy
 import torch
 from measure import Step, begin, interleaved, parser_of_steps, ratios
 from torch import nn
-from train_step import FLOAT, NETWORKS, student_of
+from train_step import FLOAT, NETWORKS, build, student_of
 
-from sqakd_hf import build_model, distillation_loss
+from sqakd_hf import distillation_loss
 from sqakd_hf.teacher import Teacher
 
 
@@ -32,12 +32,8 @@ def main() -> None:
 
 def measure(name: str, options: argparse.Namespace) -> None:
     """Print the table of one network."""
-    architecture, size, batch = NETWORKS[name]
-    torch.manual_seed(0)
     device = torch.device(options.device)
-    images = torch.randn(batch, 3, size, size, device=device)
-    labels = torch.randint(100, (batch,), device=device)
-    model = build_model(architecture, 100, image_size=size).timm_model.to(device).train()
+    images, labels, model = build(name, options.device)
     student = student_of(model, images, "lsq", 4)
     teachers = {
         "float32 teacher": Teacher([copy.deepcopy(model)], device),
@@ -57,7 +53,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
         ),
     }
     seconds = interleaved(steps, options.rounds, options.device)
-    print(f"\n{name}, batch {batch}: float32 step {1000 * sum(seconds[FLOAT]) / options.rounds:.0f} ms\n")
+    print(f"\n{name}, batch {len(images)}: float32 step {1000 * sum(seconds[FLOAT]) / options.rounds:.0f} ms\n")
     print("| variant | time / float | ± |\n|---|---|---|")
     for row, times in seconds.items():
         median, spread = ratios(times, seconds[FLOAT])

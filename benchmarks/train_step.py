@@ -47,11 +47,7 @@ def main() -> None:
 
 def measure(name: str, options: argparse.Namespace) -> None:
     """Print the table of one network."""
-    architecture, size, batch = NETWORKS[name]
-    torch.manual_seed(0)
-    images = torch.randn(batch, 3, size, size, device=options.device)
-    labels = torch.randint(100, (batch,), device=options.device)
-    model = build_model(architecture, 100, image_size=size).timm_model.to(options.device).train()
+    images, labels, model = build(name, options.device)
     if options.channels_last:
         images, model = images.to(memory_format=torch.channels_last), model.to(memory_format=torch.channels_last)
 
@@ -77,7 +73,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
     seconds = interleaved(steps, options.rounds, options.device)
     saved = {row: step.saved() for row, step in steps.items()}
     unit = sum(seconds[FLOAT]) / options.rounds
-    print(f"\n{name}, batch {batch}: float32 step {1000 * unit:.0f} ms, {saved[FLOAT] / 2**20:.1f} MiB saved\n")
+    print(f"\n{name}, batch {len(images)}: float32 step {1000 * unit:.0f} ms, {saved[FLOAT] / 2**20:.1f} MiB saved\n")
     print("| variant | time / float | ± | saved / float |\n|---|---|---|---|")
     for row in models:
         reference = COMPILED_FLOAT if row.startswith(("torch.compile", "**torch.compile")) else FLOAT
@@ -85,6 +81,15 @@ def measure(name: str, options: argparse.Namespace) -> None:
         print(f"| {row} | {median:.3f} | {spread:.3f} | {saved[row] / saved[reference]:.2f} |", flush=True)
     for line in sorted(set(absent)):
         print(f"\n{line}")
+
+
+def build(name: str, device: str) -> tuple[torch.Tensor, torch.Tensor, nn.Module]:
+    """Return a batch of noise, its labels, and the float network of that name with random weights, in train mode."""
+    architecture, size, batch = NETWORKS[name]
+    torch.manual_seed(0)
+    images = torch.randn(batch, 3, size, size, device=device)
+    labels = torch.randint(100, (batch,), device=device)
+    return images, labels, build_model(architecture, 100, image_size=size).timm_model.to(device).train()
 
 
 def student_of(model: nn.Module, images: torch.Tensor, method: str, bits: int) -> nn.Module:
