@@ -12,8 +12,8 @@ import copy
 import logging
 
 import torch
-from measure import SavedBytes, interleaved, machine, ratios
-from sqakd_step import Step, learn_from
+from measure import SavedBytes, Step, interleaved, machine, ratios
+from sqakd_step import learn_from
 from torch import nn
 from train_step import student_of
 
@@ -55,10 +55,10 @@ def main() -> None:
             return nn.functional.cross_entropy(logits, labels)
 
         steps = {
-            "float": Step(model, images, False, by_labels),
-            "student": Step(student, images, False, by_labels),
-            "float with teacher": Step(copy.deepcopy(model), images, False, learn_from(teacher, images)),
-            "SQAKD": Step(copy.deepcopy(student), images, False, learn_from(teacher, images)),
+            "float": Step(model, images, by_labels),
+            "student": Step(student, images, by_labels),
+            "float with teacher": Step(copy.deepcopy(model), images, learn_from(teacher, images)),
+            "SQAKD": Step(copy.deepcopy(student), images, learn_from(teacher, images)),
         }
         seconds = interleaved(steps, options.rounds)
         cells = [ratios(seconds["student"], seconds["float"]), ratios(seconds["SQAKD"], seconds["float with teacher"])]
