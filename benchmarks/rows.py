@@ -38,7 +38,7 @@ from sqakd_hf import (
     quantize_model,
 )
 from sqakd_hf.modeling import preprocessing
-from sqakd_hf.objective import FEATURE_TERMS, parse_objective
+from sqakd_hf.objective import feature_terms, parse_objective
 from sqakd_hf.teacher import Teacher
 
 
@@ -92,7 +92,7 @@ class Row:
         parts = [self.model, self.quantizer, f"w{self.bits}a{self.bits}", self.objective]
         for item in fields(self)[4:]:
             value = getattr(self, item.name)
-            if value != item.default and item.name not in ("model",):
+            if value != item.default and item.name != "model":
                 parts.append(f"{item.name}={value}")
         text = "-".join([*parts, f"seed={self.seed}"])
         return "".join(letter for letter in text if letter.isalnum() or letter in "=-.+*_,:").replace(":", "=")
@@ -110,10 +110,10 @@ class Rows:
         path = self.folder / f"{row.name}.json"
         return json.loads(path.read_text()) if path.exists() else None
 
-    def run(self, row: Row) -> bool:
-        """Train the row unless its results exist or another process is at it; tell whether they exist."""
+    def run(self, row: Row) -> None:
+        """Train the row unless its results exist or another process is at it."""
         if self.read(row) is not None:
-            return True
+            return
         with _alone(self.teachers.parent / "locks" / row.name) as alone:
             if alone and self.read(row) is None:
                 result = {"row": asdict(row), **self._train(row)}
@@ -121,7 +121,6 @@ class Rows:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.with_suffix(".part").write_text(json.dumps(result, indent=1) + "\n")
                 path.with_suffix(".part").rename(path)
-        return alone
 
     def _train(self, row: Row) -> dict[str, Any]:
         start = time.time()
@@ -141,7 +140,7 @@ class Rows:
             train = data.train(row.augment, row.student_images or round(row.share * row.images))
         steps = row.epochs * -(-row.images // BATCH)
         folder = self.teachers.parent / "runs" / row.name
-        looks_inside = any(term.name in FEATURE_TERMS for term in parse_objective(row.objective))
+        looks_inside = feature_terms(parse_objective(row.objective))
         in_memory = row.augment == "none" and not looks_inside
         args = SQAKDTrainingArguments(
             output_dir=str(folder),

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from .hub import hub_is_reachable
+from .objective import parse_objective, reads_labels
 from .plan import QuantizationPlan, bits_of
 from .report import ROWS
 
@@ -139,16 +140,12 @@ def _method(objective: str) -> str:
             "([SQAKD](https://arxiv.org/abs/2403.11106)): the only loss is the divergence from the full-precision "
             "teacher's logits, and no labels are used."
         )
-    labels = "with" if _reads_labels(objective) else "without"
+    labels = "with" if reads_labels(parse_objective(objective)) else "without"
     return f"by quantization-aware training {labels} labels: the loss is `{objective}` (`kl`: SQAKD's divergence)."
 
 
-def _reads_labels(objective: str) -> bool:
-    return any(part.split("*")[-1].strip() == "ce" for part in objective.split("+"))
-
-
 def _training(arguments: Mapping[str, Any] | None, objective: str, dataset: str | None) -> str:
-    labels = "with" if _reads_labels(objective) else "without"
+    labels = "with" if reads_labels(parse_objective(objective)) else "without"
     images = f"Images: {dataset}, {labels} labels." if dataset else "The training images were not recorded."
     if not arguments:
         return images

@@ -25,10 +25,17 @@ class FeatureTap:
     def __init__(self, modules: Mapping[str, nn.Module], inputs: bool = False):
         self.features: dict[str, torch.Tensor] = {}
         self._listens = False
-        for name, module in modules.items():
+        self._handles = [
             module.register_forward_hook(
                 lambda _, args, output, name=name: self._keep(name, args[0] if inputs else output)
             )
+            for name, module in modules.items()
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off the modules."""
+        for handle in self._handles:
+            handle.remove()
 
     def _keep(self, name: str, tensor: torch.Tensor) -> None:
         if self._listens:

@@ -65,6 +65,21 @@ def parse_objective(text: str) -> tuple[Term, ...]:
     return tuple(terms)
 
 
+def feature_terms(terms: Sequence[Term]) -> list[str]:
+    """Return the names of the terms that compare features.
+
+    Examples:
+        >>> feature_terms(parse_objective("kl + 1000*at"))
+        ['at']
+    """
+    return [term.name for term in terms if term.name in FEATURE_TERMS]
+
+
+def reads_labels(terms: Sequence[Term]) -> bool:
+    """Tell whether one of the terms needs labels."""
+    return any(term.name == "ce" for term in terms)
+
+
 def label_loss(logits: torch.Tensor, labels: torch.Tensor | None, smoothing: float = 0.0) -> torch.Tensor:
     """Return the cross-entropy of `logits` `(B, K)` and the classes `labels` `(B,)`, in float32.
 
@@ -121,6 +136,11 @@ class Features:
     def _tap(self, modules: Mapping[str, nn.Module], **options: bool) -> FeatureTap:
         self._taps.append(FeatureTap(modules, **options))
         return self._taps[-1]
+
+    def remove(self) -> None:
+        """Take the hooks off student and teacher."""
+        for tap in self._taps:
+            tap.remove()
 
     def listening(self) -> list:
         """Return contexts to enter around the forward passes and [`loss`]."""

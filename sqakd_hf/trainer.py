@@ -44,7 +44,7 @@ from .non_finite import (
     first_non_finite_layer,
     first_non_finite_parameter,
 )
-from .objective import FEATURE_TERMS, Features, parse_objective, total_loss
+from .objective import Features, feature_terms, parse_objective, total_loss
 from .oscillation import dampening_loss, ramp
 from .outputs import Prediction, predict
 from .push import upload_errors, weight_bytes
@@ -210,8 +210,13 @@ class SQAKDTrainer(Trainer):
         self._shared_weights = SharedWeights(self.model)
         if self.model_wrapped is self.model:
             _forget_preparation(self.model)
-        with self._images_as_trained():
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            with self._images_as_trained():
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if self._feature_terms is not None:
+                self._feature_terms.remove()
+                self._feature_terms = None
         if self.args.reestimate_batch_norm:
             reestimate_batch_norm(
                 self.model,
@@ -222,7 +227,7 @@ class SQAKDTrainer(Trainer):
 
     def _check_options(self) -> None:
         """Refuse, before the first step, options that this model or this way of running it has no use for."""
-        looks_inside = {term.name for term in self._objective} & set(FEATURE_TERMS)
+        looks_inside = feature_terms(self._objective)
         if self._shards_weights():
             for option, asked in (
                 (f"The objective {self.args.objective!r}", looks_inside),
@@ -368,7 +373,7 @@ class SQAKDTrainer(Trainer):
 
     def _features(self, inputs: dict[str, Any]) -> Features | None:
         """Return the feature terms of the objective, if it has any; the first batch shows where features are."""
-        names = [term.name for term in self._objective if term.name in FEATURE_TERMS]
+        names = feature_terms(self._objective)
         if not names:
             return None
         if self._feature_terms is None:

@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from .errors import InputError, quote
 from .losses import check_temperature
-from .objective import FEATURE_TERMS, LATTICE, parse_objective
+from .objective import LATTICE, feature_terms, parse_objective, reads_labels
 from .teacher import TEACHER_DTYPES
 
 
@@ -132,12 +132,12 @@ class SQAKDTrainingArguments(TrainingArguments):
             raise InputError(
                 f"teacher_dtype must be 'auto' or one of {quote(TEACHER_DTYPES)}, got {self.teacher_dtype!r}."
             )
-        terms = {term.name for term in parse_objective(self.objective)}
-        features = terms & set(FEATURE_TERMS)
+        terms = parse_objective(self.objective)
+        features = feature_terms(terms)
         for option in ("cache_teacher_logits", "torch_compile", "gradient_checkpointing"):
             if features and getattr(self, option):
                 raise InputError(f"The objective {self.objective!r} looks into the models: it can't go with {option}.")
-        if self.label_smoothing_factor and "ce" not in terms:
+        if self.label_smoothing_factor and not reads_labels(terms):
             raise InputError(f"label_smoothing_factor belongs to the term 'ce', which {self.objective!r} has not.")
         if self.feature_layer is not None and LATTICE not in features:
             raise InputError(f"feature_layer belongs to the term 'squat', which {self.objective!r} has not.")

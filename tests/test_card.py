@@ -92,3 +92,17 @@ def test_an_existing_folder_is_no_id(tmp_path, monkeypatch):
     (tmp_path / "out" / "run").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert hub_id("out/run") is None
+
+
+@pytest.mark.parametrize(
+    ("objective", "method", "images"),
+    [
+        ("kl", "and no labels are used", "Images: clothes, without labels."),
+        ("ce + kl", "training with labels: the loss is `ce + kl`", "Images: clothes, with labels."),
+        ("kl + squat", "training without labels: the loss is `kl + squat`", "Images: clothes, without labels."),
+    ],
+)
+def test_it_says_what_was_minimised_and_whether_labels_were_read(student, objective, method, images):
+    text = str(model_card(student, "me/student", training_arguments={"objective": objective}, dataset_name="clothes"))
+    assert method in text and images in text
+    assert (objective == "kl") == ("no labels are used" in text)

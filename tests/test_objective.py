@@ -119,11 +119,18 @@ class TestTerms:
         with pytest.raises(InputError, match="'fsp' compares stages behind the stem"):
             make_trainer(tmp_path, objective="fsp").train()
 
-    def test_feature_terms_leave_no_tensors_behind(self, tmp_path):
+    def test_feature_terms_leave_no_hooks_behind(self, tmp_path):
         trainer = make_trainer(tmp_path, timm_resnet, objective="at + squat", size=32, max_steps=1)
         trainer.train()
-        assert trainer._feature_terms is not None
-        assert not any(tap.features for tap in trainer._feature_terms._taps)
+        for model in (trainer.model, trainer.teacher.models[0]):
+            assert not any(module._forward_hooks for module in model.modules())
+
+    def test_features_are_let_go_after_each_batch(self, tmp_path):
+        trainer = make_trainer(tmp_path, timm_resnet, objective="at + squat", size=32)
+        trainer.calibrate()
+        trainer.compute_loss(trainer.model.train(), {"pixel_values": torch.randn(4, 3, 32, 32)})
+        taps = trainer._feature_terms._taps
+        assert len(taps) == 4 and not any(tap.features for tap in taps)
 
     def test_a_teacher_of_another_architecture_is_refused(self, tmp_path):
         student, _ = models(TinyConvNet)
