@@ -100,7 +100,7 @@ class ScriptArguments:
 
 @dataclass
 class QuantizationArguments:
-    quantizer: str = field(default="lsq", metadata={"help": "dorefa, ewgs, lsq, lsq+ or pact"})
+    quantizer: str = field(default="lsq", metadata={"help": "dorefa, ewgs, lsq, lsq+, pact or statsq"})
     weight_bits: str = field(default="2", metadata={"help": "1 to 8"})
     activation_bits: str = field(default="2", metadata={"help": "1 to 8, or none for float"})
     first_last_bits: str = field(default="8", metadata={"help": "1 to 8, or none for full precision as in the paper"})
@@ -171,7 +171,11 @@ def distil(script: ScriptArguments, quantization: QuantizationArguments, args: D
     if script.validation_fraction:
         train, holdout = split_holdout(data.train, script.validation_fraction, args.seed)
         args.eval_strategy = args.save_strategy = "epoch"
-        args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better = True, "eval_loss", False
+        # Epochs with more bits than the student's own would win.
+        args.load_best_model_at_end = not args.progressive_bits
+        by_labels = args.objective == "ce"
+        args.metric_for_best_model = "eval_accuracy" if by_labels else "eval_loss"
+        args.greater_is_better = by_labels
 
     set_seed(args.seed)
     teacher, is_trained = get_teacher(script, args, data)

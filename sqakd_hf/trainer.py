@@ -5,10 +5,11 @@ import functools
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NoReturn
 
+import safetensors.torch
 import torch
 from accelerate.utils import DynamoBackend
 from huggingface_hub import HfApi
@@ -16,7 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, IterableDataset
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy, has_length
 from transformers.utils import PushInProgress
 
@@ -45,8 +46,9 @@ from .non_finite import (
     first_non_finite_parameter,
 )
 from .objective import Features, feature_terms, parse_objective, total_loss
-from .oscillation import dampening_loss, ramp
+from .oscillation import OscillationFreezer, dampening_loss, ramp
 from .outputs import Prediction, predict
+from .progressive import ProgressiveBits
 from .push import upload_errors, weight_bytes
 from .quantizers import FakeQuantizer
 from .recompute import recompute_quantized
@@ -58,6 +60,7 @@ from .training_args import SQAKDTrainingArguments
 
 ARGUMENTS_FILE = "training_args.json"
 DELTAS_FILE = "deltas.json"  # of a checkpoint whose quantizers had theirs estimated
+FREEZER_FILE = "oscillations.safetensors"  # of a checkpoint of a training that freezes weights
 # What a reader of the card wants to know; all arguments are in ARGUMENTS_FILE.
 CARD_ARGUMENTS = (
     "objective",
@@ -77,6 +80,8 @@ CARD_ARGUMENTS = (
     "fp16",
     "reestimate_batch_norm",
     "oscillation_dampening",
+    "oscillation_freezing",
+    "progressive_bits",
     "delta_estimation_steps",
 )
 
@@ -165,6 +170,11 @@ class SQAKDTrainer(Trainer):
         self._objective = parse_objective(args.objective)
         self._feature_terms: Features | None = None
         self._deltas_of_step = 0
+        self._freezer: OscillationFreezer | None = None
+        if args.oscillation_freezing:
+            self.add_callback(_AfterOptimizerStep(lambda progress: self._freezer.step(progress)))
+        self._progressive: ProgressiveBits | None = None
+        self._stage: int | None = None
         self._agreement = _RunningMean()
         self._evaluated: dict[str, _RunningMean] = {}
         # What `evaluate` measured: teacher, student, and the student before its first step.
@@ -207,13 +217,24 @@ class SQAKDTrainer(Trainer):
         if self.args.delta_estimation_steps:
             self._deltas_of_step = 0
             self._set_deltas(_read_deltas(resume_from_checkpoint) if resume_from_checkpoint else {})
+        if self.args.oscillation_freezing:
+            self._freezer = OscillationFreezer(quantized_layers(self.model), self.args.oscillation_freezing)
+            if resume_from_checkpoint:
+                _load_freezer(self._freezer, resume_from_checkpoint)
+        if self.args.progressive_bits:
+            self._progressive, self._stage = ProgressiveBits(self.model, self.args.progressive_bits), None
         self._shared_weights = SharedWeights(self.model)
         if self.model_wrapped is self.model:
             _forget_preparation(self.model)
         try:
             with self._images_as_trained():
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
+            if self._progressive is not None and self._progressive.leave():
+                self.calibrate()  # stopped before its last stage
         finally:
+            if self._progressive is not None and self._progressive.leave():
+                for quantizer in quantizers(self.model):
+                    quantizer.reset()  # ranges of another width are none
             if self._feature_terms is not None:
                 self._feature_terms.remove()
                 self._feature_terms = None
@@ -232,6 +253,8 @@ class SQAKDTrainer(Trainer):
             for option, asked in (
                 (f"The objective {self.args.objective!r}", looks_inside),
                 ("oscillation_dampening", self.args.oscillation_dampening),
+                ("oscillation_freezing", self.args.oscillation_freezing),
+                ("progressive_bits", self.args.progressive_bits),
                 ("delta_estimation_steps", self.args.delta_estimation_steps),
             ):
                 if asked:
@@ -359,6 +382,8 @@ class SQAKDTrainer(Trainer):
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute loss and gradients of a batch; on a CPU, stop where a gradient is not finite."""
+        if self._progressive is not None:
+            self._enter_stage()
         every, step = self.args.delta_estimation_steps, self.state.global_step
         if every and step and step % every == 0 and step != self._deltas_of_step:
             self._estimate_deltas()
@@ -396,6 +421,20 @@ class SQAKDTrainer(Trainer):
 
     def _shards_weights(self) -> bool:
         return self.is_fsdp_enabled or self.is_deepspeed_enabled or _is_sharded(self.model)
+
+    def _enter_stage(self) -> None:
+        """Give the quantizers the bits of this step's stage; where it begins, set their ranges anew."""
+        step, steps = self.state.global_step, self.state.max_steps
+        stage = self._progressive.stage(step, steps)
+        if stage == self._stage:
+            return
+        self._progressive.enter(stage)
+        self._stage = stage
+        if step == 0 or stage != self._progressive.stage(step - 1, steps):  # else a checkpoint brought the ranges
+            self.calibrate()
+            for quantizer in quantizers(self.model):
+                for parameter in quantizer.parameters(recurse=False):
+                    self.optimizer.state.pop(parameter, None)  # what it remembers is of other ranges
 
     def _estimate_deltas(self) -> None:
         """Set every quantizer's `delta` from the curvature of the loss at the first three training batches."""
@@ -567,6 +606,9 @@ class SQAKDTrainer(Trainer):
             deltas = {name: self.model.get_submodule(name).delta for name in _quantizer_names(self.model)}
             with open(os.path.join(folder, DELTAS_FILE), "w", encoding="utf-8") as file:
                 json.dump(deltas, file)
+        if self._freezer is not None and self.args.should_save:
+            os.makedirs(folder, exist_ok=True)
+            safetensors.torch.save_file(self._freezer.state_dict(), os.path.join(folder, FREEZER_FILE))
         self._format = "latent"
         try:
             super()._save_checkpoint(model, trial)
@@ -697,6 +739,24 @@ def _read_deltas(folder: str) -> dict[str, float]:
         return {}
     with open(path, encoding="utf-8") as file:
         return json.load(file)
+
+
+def _load_freezer(freezer: OscillationFreezer, folder: str) -> None:
+    path = os.path.join(folder, FREEZER_FILE)
+    if os.path.exists(path):
+        freezer.load_state_dict(safetensors.torch.load_file(path))
+
+
+class _AfterOptimizerStep(TrainerCallback):
+    """Calls a function with the share of the training that is done, after each step of the optimizer."""
+
+    def __init__(self, act: Callable[[float], None]) -> None:
+        self._act = act
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._act((state.global_step + 1) / state.max_steps)
 
 
 def _forget_preparation(model: nn.Module) -> None:

@@ -4,10 +4,12 @@ import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from .errors import InputError, quote
 from .losses import check_temperature
 from .objective import LATTICE, feature_terms, parse_objective, reads_labels
+from .progressive import check_widths
 from .teacher import TEACHER_DTYPES
 
 
@@ -52,6 +54,12 @@ class SQAKDTrainingArguments(TrainingArguments):
             running statistics by those of so many training images, the first of the set.
         oscillation_dampening (`float`, *optional*, defaults to 0.0): Weight, grown from 0 to this over the training,
             of [`~sqakd_hf.oscillation.dampening_loss`], which holds weights near the value they are rounded to.
+        oscillation_freezing (`float`, *optional*, defaults to 0.0): Freeze weights whose code flips back in more than
+            this share of the steps (four times that as training begins); 0: none. See
+            [`~sqakd_hf.oscillation.OscillationFreezer`].
+        progressive_bits (`list[int]`, *optional*): Widths to train through before the student's own, such as `[8, 4]`,
+            each for an equal share of the steps; ranges are calibrated anew as a width begins. Weights saved in
+            checkpoints of earlier stages are good for resuming alone.
         output_field (`str`, *optional*): Which of a model's outputs are the class logits, where it has several heads:
             a name such as `"class_queries_logits"`, or a number where it returns a tuple.
     """
@@ -105,6 +113,13 @@ class SQAKDTrainingArguments(TrainingArguments):
     oscillation_dampening: float = field(
         default=0.0, metadata={"help": "Final weight of the term that holds weights near their quantized value."}
     )
+    oscillation_freezing: float = field(
+        default=0.0,
+        metadata={"help": "Share of steps with a flip of its code above which a weight is frozen; 0: off."},
+    )
+    progressive_bits: list[int] = field(
+        default_factory=list, metadata={"help": "Widths to train through before the student's own, such as 8 4."}
+    )
     output_field: str | None = field(
         default=None, metadata={"help": "Which output holds the class logits, for models with several heads."}
     )
@@ -128,6 +143,11 @@ class SQAKDTrainingArguments(TrainingArguments):
             raise InputError(
                 f"oscillation_dampening must be a non-negative number, got {self.oscillation_dampening!r}."
             )
+        if not 0 <= self.oscillation_freezing < 1:
+            raise InputError(
+                f"oscillation_freezing must be a share of the steps, from 0 to 1, got {self.oscillation_freezing!r}."
+            )
+        self._check_progressive_bits()
         if self.teacher_dtype not in ("auto", *TEACHER_DTYPES):
             raise InputError(
                 f"teacher_dtype must be 'auto' or one of {quote(TEACHER_DTYPES)}, got {self.teacher_dtype!r}."
@@ -143,3 +163,16 @@ class SQAKDTrainingArguments(TrainingArguments):
             raise InputError(f"feature_layer belongs to the term 'squat', which {self.objective!r} has not.")
         if self.activation_memory not in ("normal", "low"):
             raise InputError(f"activation_memory must be 'normal' or 'low', got {self.activation_memory!r}.")
+
+    def _check_progressive_bits(self) -> None:
+        """Refuse what would keep, upload or hold the codes of a student that has more bits than it will have."""
+        if not check_widths(self.progressive_bits):
+            return
+        if self.load_best_model_at_end:
+            raise InputError(
+                "load_best_model_at_end would choose a student of more bits: it can't go with progressive_bits."
+            )
+        if self.push_to_hub and self.hub_strategy != HubStrategy.END:
+            raise InputError("progressive_bits uploads the student when training has ended: pass hub_strategy='end'.")
+        if self.oscillation_freezing:
+            raise InputError("oscillation_freezing holds codes, which progressive_bits changes: use one of them.")

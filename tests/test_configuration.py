@@ -91,7 +91,7 @@ class TestValidation:
     def test_an_unknown_quantizer_is_named_with_close_ones(self, name, close):
         message = error_of(quantizer=name)
         assert message.startswith(f"Unknown quantizer {name!r}; registered: ")
-        assert all(known in message for known in ("dorefa", "ewgs", "lsq", "lsq+", "pact"))
+        assert all(known in message for known in ("dorefa", "ewgs", "lsq", "lsq+", "pact", "statsq"))
         assert message.endswith(f" Did you mean {close}?" if close else ".")
 
     def test_another_quant_method_is_refused(self):
@@ -234,7 +234,7 @@ DELTA = st.fixed_dictionaries({}, optional={"delta": st.floats(0, 10) | st.integ
 OVERRIDE = st.fixed_dictionaries(
     {},
     optional={
-        "quantizer": st.sampled_from(["dorefa", "ewgs", "lsq", "lsq+", "pact"]),
+        "quantizer": st.sampled_from(["dorefa", "ewgs", "lsq", "lsq+", "pact", "statsq"]),
         "weight_bits": NUMBERS,
         "activation_bits": st.none() | NUMBERS,
         "per_channel": st.booleans(),
@@ -244,7 +244,7 @@ OVERRIDE = st.fixed_dictionaries(
 )
 CONFIGS = st.builds(
     QuantizationConfig,
-    quantizer=st.sampled_from(["dorefa", "ewgs", "lsq", "lsq+", "pact"]),
+    quantizer=st.sampled_from(["dorefa", "ewgs", "lsq", "lsq+", "pact", "statsq"]),
     weight_bits=NUMBERS,
     activation_bits=st.none() | NUMBERS,
     per_channel=st.booleans(),

@@ -26,7 +26,7 @@ from sqakd_hf.outputs import run_model
 from tests.conftest import Wrapper, tiny_vit
 
 
-QUANTIZERS = ["dorefa", "ewgs", "lsq", "lsq+", "pact"]
+QUANTIZERS = ["dorefa", "ewgs", "lsq", "lsq+", "pact", "statsq"]
 
 
 def calibrate(model, batches, **options):
@@ -319,7 +319,7 @@ def initial_ranges(name, x, bits, signed):
     q_p = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
     low, high, largest = x.min(), x.max(), x.abs().max()
     reach = 3 * x.std()
-    if name == "lsq":
+    if name in ("lsq", "statsq"):
         return {"scale": 2 * x.abs().mean() / math.sqrt(q_p)}
     if name == "lsq+":
         return {"scale": (high - low) / (2**bits - 1), "offset": low}
@@ -802,8 +802,8 @@ class TestUnusableData:
         assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
     @pytest.mark.parametrize("bits", [1, 2, 8])
-    # LSQ's step is 2 * mean|x| / sqrt(Q_p), whether or not the input varies.
-    @pytest.mark.parametrize("name", [name for name in QUANTIZERS if name != "lsq"])
+    # LSQ's step, also for StatsQ's activations, is 2 * mean|x| / sqrt(Q_p), whether or not the input varies.
+    @pytest.mark.parametrize("name", [name for name in QUANTIZERS if name not in ("lsq", "statsq")])
     @pytest.mark.parametrize("value", [0.5, 3.0])
     def test_a_constant_positive_input_is_a_value_of_its_range(self, name, bits, value):
         model, x = linear_net(6, 3), torch.full((4, 6), value)

@@ -22,7 +22,7 @@ LAYERS = [
     {"timm_layers", "bit_layers", "trace"},
     {"plan"},
     {"convert", "manifest", "report", "transforms", "sources", "features"},
-    {"data", "modeling", "interrupt", "non_finite", "objective", "delta"},
+    {"data", "modeling", "interrupt", "non_finite", "objective", "delta", "progressive"},
     {"training_args", "card"},
     {"push"},
     {"hf_quantizer"},

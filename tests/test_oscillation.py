@@ -2,13 +2,14 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from sqakd_hf import InputError, QuantizationConfig, calibrate_model, list_quantizers, quantize_model
 from sqakd_hf.convert import quantized_layers, reestimate_batch_norm
-from sqakd_hf.oscillation import dampening_loss
+from sqakd_hf.oscillation import OscillationFreezer, dampening_loss
 from sqakd_hf.quantizers import DoReFaWeight
 from tests.conftest import TinyConvNet, tiny_vit
-from tests.test_trainer import Images, arguments, make_trainer
+from tests.test_trainer import Images, arguments, assert_same_state, make_trainer
 
 
 @pytest.fixture(params=list_quantizers())
@@ -35,7 +36,9 @@ class TestDampening:
     def test_is_zero_for_weights_on_their_codes(self, student):
         layer = quantized_layers(student)["body.3"]
         with torch.no_grad():
-            layer.weight.copy_(layer.weight_quantizer.latent(layer.quantized_weight()))
+            values = layer.quantized_weight()
+            squashed = isinstance(layer.weight_quantizer, DoReFaWeight)
+            layer.weight.copy_(layer.weight_quantizer.latent(values) if squashed else values)
         assert dampening_loss([layer]).item() == pytest.approx(0, abs=1e-8)
 
     def test_leaves_out_what_is_clipped(self, student):
@@ -101,3 +104,98 @@ class TestBatchNorm:
     def test_a_model_without_batch_norm_is_refused(self, tmp_path):
         with pytest.raises(InputError, match="no BatchNorm"):
             make_trainer(tmp_path, tiny_vit, reestimate_batch_norm=24).train()
+
+
+def oscillating(threshold=0.02, momentum=0.1, **config):
+    """A layer of two weights per code, and a freezer that watches it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 4))
+    quantize_model(model, QuantizationConfig(weight_bits=2, **config))
+    calibrate_model(model, [torch.randn(16, 4)], disable_progress=True)
+    layer = model[2]
+    return layer, OscillationFreezer({"2": layer}, threshold, momentum)
+
+
+class TestFreezing:
+    def test_a_weight_that_flips_is_held_where_it_is_most_of_the_time(self):
+        layer, freezer = oscillating()
+        scale = layer.weight_quantizer.qparams()[0]
+        with torch.no_grad():
+            layer.weight.copy_(0.4 * scale[:, None])  # code of the value 0
+            still = layer.weight.clone()
+        frozen_at = None
+        for step in range(30):
+            with torch.no_grad():
+                # Two steps of three below the threshold: the average code is that of 0.
+                layer.weight[0, 0] = (0.6 if step % 3 == 2 else 0.4) * scale[0]
+                layer.weight[1, 1] = (0.1 + 0.1 * (step % 3)) * scale[1]  # moves, its code does not
+            freezer.step(1.0)
+            if frozen_at is None and freezer.frozen_share() > 0:
+                frozen_at = step
+        # One change is no flip: the code has to come back.
+        assert frozen_at is not None and frozen_at >= 1
+        assert freezer.frozen_share() == 1 / 16
+        assert layer.weight[0, 0] == 0
+        still[0, 0], still[1, 1] = layer.weight[0, 0], layer.weight[1, 1]
+        assert torch.equal(layer.weight, still) and layer.weight[1, 1] != 0
+
+    def test_a_weight_that_wanders_one_way_is_not_frozen(self):
+        layer, freezer = oscillating()
+        scale = layer.weight_quantizer.qparams()[0]
+        for step in range(30):
+            with torch.no_grad():
+                layer.weight[0, 0] = (-2 + step / 10) * scale[0]
+            freezer.step(1.0)
+        assert freezer.frozen_share() == 0
+
+    def test_the_threshold_comes_down_with_the_training(self):
+        shares = []
+        for progress in (0.0, 1.0):
+            layer, freezer = oscillating(threshold=0.3, momentum=0.5)
+            scale = layer.weight_quantizer.qparams()[0]
+            for step in range(20):
+                with torch.no_grad():
+                    layer.weight[0, 0] = (0.4 if step % 2 else 0.6) * scale[0]
+                freezer.step(progress)
+            shares.append(freezer.frozen_share())
+        assert shares == [0, 1 / 16]
+
+    def test_held_weights_follow_their_range(self):
+        layer, freezer = oscillating()
+        scale = layer.weight_quantizer.scale
+        for step in range(30):
+            with torch.no_grad():
+                layer.weight[0, 0] = (0.4 if step % 3 == 2 else 0.6) * scale[0]
+            freezer.step(1.0)
+        assert layer.weight[0, 0] == scale[0]
+        with torch.no_grad():
+            scale *= 1.5
+        freezer.step(1.0)
+        assert layer.weight[0, 0] == scale[0]
+
+    def test_training_goes_on_from_a_checkpoint_bit_for_bit(self, tmp_path):
+        options = {"oscillation_freezing": 0.002, "num_train_epochs": 6, "learning_rate": 0.05}
+        options |= {"save_strategy": "steps", "save_steps": 12}
+        whole = make_trainer(tmp_path / "a", config={"weight_bits": 2}, **options)
+        whole.train()
+        assert 0 < whole._freezer.frozen_share() < 1
+        part = make_trainer(tmp_path / "b", config={"weight_bits": 2}, **options)
+        part.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-12"))
+        assert_same_state(part.model, whole.model)
+        assert part._freezer.frozen_share() == whole._freezer.frozen_share()
+
+    @pytest.mark.parametrize("quantizer", ["dorefa", "pact", "statsq"])
+    def test_weights_that_are_stretched_are_refused(self, quantizer, tmp_path):
+        with pytest.raises(InputError, match=r"layer 'body.0' depend on all of its weights.*lsq, lsq\+ or ewgs"):
+            make_trainer(
+                tmp_path, config={"quantizer": quantizer, "weight_bits": 2}, oscillation_freezing=0.01
+            ).train()
+
+    def test_weights_of_many_bits_are_refused(self, tmp_path):
+        with pytest.raises(InputError, match="no layer of the student has weights of up to 4 bits"):
+            make_trainer(tmp_path, config={"weight_bits": 5}, oscillation_freezing=0.01).train()
+
+    @pytest.mark.parametrize("value", [-0.1, 1, float("nan")])
+    def test_a_share_that_is_none_is_refused(self, tmp_path, value):
+        with pytest.raises(InputError, match="oscillation_freezing must be a share"):
+            arguments(tmp_path, oscillation_freezing=value)

@@ -6,6 +6,7 @@ from .ewgs import EWGS
 from .lsq import LSQ, LSQPlus, LSQPlusWeight
 from .pact import PACT
 from .statistics import FEW_BITS
+from .statsq import StatsQWeight
 
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "FakeQuantizer",
     "LSQPlus",
     "LSQPlusWeight",
+    "StatsQWeight",
     "create_quantizer",
     "list_quantizers",
     "register_quantizer",

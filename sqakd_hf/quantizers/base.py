@@ -39,8 +39,8 @@ class FakeQuantizer(nn.Module):
         first_range (`str`, *optional*, defaults to `"auto"`): How calibration sets the range: the method's own way
             (`"method"`), by least squared error (`"error"`), or so that it leaves out a thousandth of the data
             (`"percentile"`). `"auto"`: by least error with more than 4 bits, and for activations of 1
-            bit by PACT, DoReFa and LSQ+; else the method's own. Two-valued signed codes, and DoReFa's weights, always
-            have the method's own.
+            bit by PACT, DoReFa and LSQ+; else the method's own. Two-valued signed codes, and the weights of DoReFa and
+            StatsQ, always have the method's own.
     """
 
     # The range learns from clipped elements alone (PACT).
@@ -360,7 +360,7 @@ def list_quantizers() -> list[str]:
 
     Examples:
         >>> list_quantizers()
-        ['dorefa', 'ewgs', 'lsq', 'lsq+', 'pact']
+        ['dorefa', 'ewgs', 'lsq', 'lsq+', 'pact', 'statsq']
     """
     return sorted({name for name, _ in _REGISTRY})
 

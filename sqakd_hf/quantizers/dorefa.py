@@ -8,8 +8,9 @@ computes what it did. `unit_range=True` is the published form.
 import torch
 
 from ..errors import InputError
-from ..functional import MIN_RANGE, Grid
+from ..functional import MIN_RANGE
 from .base import FakeQuantizer, register_quantizer
+from .following import FollowsWeight
 from .statistics import widen
 
 
@@ -56,7 +57,7 @@ class DoReFa(_FixedRange):
 
 @register_quantizer("dorefa", role="weight")
 @register_quantizer("pact", role="weight")
-class DoReFaWeight(_FixedRange):
+class DoReFaWeight(FollowsWeight, _FixedRange):
     """Squash by tanh, stretch to `[-magnitude, magnitude]`, round; at 1 bit `sign(w) * mean(|w|)`.
 
     The stretch is detached: gradients see `tanh`, not its maximum. 1-bit values pass every gradient, and their
@@ -66,6 +67,14 @@ class DoReFaWeight(_FixedRange):
     @property
     def searches_range(self) -> bool:
         return False  # the stretch fills whatever range there is
+
+    @property
+    def follows(self) -> bool:
+        return self.binary
+
+    def magnitude_of(self, x: torch.Tensor) -> torch.Tensor:
+        magnitude = first_magnitude(self, x)
+        return widen(torch.zeros_like(magnitude), magnitude)[1]
 
     def transform(self, x: torch.Tensor) -> torch.Tensor:
         if self.binary:
@@ -89,21 +98,6 @@ class DoReFaWeight(_FixedRange):
         # The stretch takes every channel to the end of its range, but for one that is all zeros.
         reaches = self.rows(normalised).abs().amax(1) > 1 - 0.5 / (self.levels - 1)
         return latent * self._spread(reaches, values)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.binary and self.training and self.calibrated:
-            with torch.no_grad():
-                self.magnitude.copy_(widen(torch.zeros_like(self.magnitude), self.rows(x).abs().mean(1))[1])
-        return super().forward(x)
-
-    def grid(self) -> Grid:
-        grid = super().grid()
-        if not self.binary:
-            return grid
-        # No clipping: every weight keeps its gradient.
-        return grid._replace(
-            lower=torch.full_like(grid.lower, -torch.inf), upper=torch.full_like(grid.upper, torch.inf)
-        )
 
     def _spread(self, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if self.channel_axis is None:

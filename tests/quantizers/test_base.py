@@ -495,7 +495,7 @@ def law_id(law):
 
 class TestLaws:
     def test_they_run_over_every_registered_quantizer(self):
-        assert list_quantizers() == ["dorefa", "ewgs", "lsq", "lsq+", "pact"]
+        assert list_quantizers() == ["dorefa", "ewgs", "lsq", "lsq+", "pact", "statsq"]
 
     @pytest.mark.parametrize("role", ROLES)
     @pytest.mark.parametrize("name", list_quantizers())
@@ -551,7 +551,7 @@ class TestAUsersOwnQuantizer:
         law("my_method")
 
     def test_is_listed(self):
-        assert list_quantizers() == ["dorefa", "ewgs", "lsq", "lsq+", "my_method", "pact"]
+        assert list_quantizers() == ["dorefa", "ewgs", "lsq", "lsq+", "my_method", "pact", "statsq"]
 
 
 class TestRegistry:
@@ -567,7 +567,7 @@ class TestRegistry:
         assert type(create_quantizer("mine", bits=2, role="activation")) is LSQ
         with pytest.raises(
             InputError,
-            match=r"^Quantizer 'mine' has no weight form; registered: dorefa, ewgs, lsq, lsq\+, mine, pact\.",
+            match=r"^Quantizer 'mine' has no weight form; registered: dorefa, ewgs, lsq, lsq\+, mine, pact, statsq\.",
         ):
             create_quantizer("mine", bits=2, role="weight")
 
@@ -660,7 +660,7 @@ class TestCreateQuantizerErrors:
         with pytest.raises(InputError) as error:
             create_quantizer(name, bits=2, role="weight")
         assert str(error.value) == (
-            f"Quantizer {name!r} is not registered; registered: dorefa, ewgs, lsq, lsq+, pact.{close}"
+            f"Quantizer {name!r} is not registered; registered: dorefa, ewgs, lsq, lsq+, pact, statsq.{close}"
         )
 
     def test_an_unknown_option_is_named(self):
