@@ -1,7 +1,7 @@
 """Other projects' fake quantization of every convolution and linear layer, for the benchmarks.
 
-Each function takes a float model, images to calibrate on and the bits of weights and activations, and returns the
-model that trains, ranges learned where the project learns them. `PEERS` names them; one whose package is not
+Each function takes a float model, which it may change, images to calibrate on and the bits of weights and activations,
+and returns the model that trains, ranges learned where the project learns them. `PEERS` names them; one whose package is not
 installed is left out of the tables, and said so.
 """
 
@@ -15,14 +15,15 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from sqakd_hf import SQAKDTrainer
+
 
 class Unsupported(Exception):
     """The project has no such layer or width."""
 
 
 def replace_layers(model: nn.Module, build: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """Replace every convolution and linear layer of a copy of `model` by what `build` makes of it."""
-    model = copy.deepcopy(model)
+    """Replace every convolution and linear layer of `model` by what `build` makes of it."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Conv2d | nn.Linear):
             parent, _, child = name.rpartition(".")
@@ -30,25 +31,40 @@ def replace_layers(model: nn.Module, build: Callable[[nn.Module], nn.Module]) ->
     return model
 
 
+def inputs_below_zero(model: nn.Module, images: torch.Tensor) -> set[nn.Module]:
+    """Return the convolutions and linear layers whose input, on these images, is negative somewhere."""
+    found, handles = set(), []
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            handles.append(layer.register_forward_pre_hook(lambda m, args: args[0].min() < 0 and found.add(m) or None))
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
 def brevitas(model: nn.Module, images: torch.Tensor, bits: int) -> nn.Module:
     from brevitas import nn as qnn
-    from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat
+    from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat, Uint8ActPerTensorFloat
 
     options = {
         "weight_quant": Int8WeightPerChannelFloat,
         "weight_bit_width": bits,
         "weight_scaling_impl_type": "parameter_from_stats",
-        "input_quant": Int8ActPerTensorFloat,
         "input_bit_width": bits,
         "input_collect_stats_steps": 1,  # after it the scale is a parameter
     }
 
+    signed = inputs_below_zero(model, images)
+
     def build(layer: nn.Module) -> nn.Module:
+        own = {**options, "input_quant": Int8ActPerTensorFloat if layer in signed else Uint8ActPerTensorFloat}
         if isinstance(layer, nn.Linear):
-            twin = qnn.QuantLinear(layer.in_features, layer.out_features, layer.bias is not None, **options)
+            twin = qnn.QuantLinear(layer.in_features, layer.out_features, layer.bias is not None, **own)
         else:
             shape = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
-            twin = qnn.QuantConv2d(*shape, layer.dilation, layer.groups, bias=layer.bias is not None, **options)
+            twin = qnn.QuantConv2d(*shape, layer.dilation, layer.groups, bias=layer.bias is not None, **own)
         twin.load_state_dict(layer.state_dict(), strict=False)
         return twin
 
@@ -119,7 +135,7 @@ def nncf(model: nn.Module, images: torch.Tensor, bits: int) -> nn.Module:
 
     if bits != 8:
         raise Unsupported("8 bits only")
-    return nncf.quantize(copy.deepcopy(model), nncf.Dataset([images]), subset_size=1)
+    return nncf.quantize(model, nncf.Dataset([images]), subset_size=1)
 
 
 def modelopt(model: nn.Module, images: torch.Tensor, bits: int) -> nn.Module:
@@ -133,7 +149,7 @@ def modelopt(model: nn.Module, images: torch.Tensor, bits: int) -> nn.Module:
         ],
         "algorithm": "max",
     }
-    return mtq.quantize(copy.deepcopy(model), config, lambda model: model(images))
+    return mtq.quantize(model, config, lambda model: model(images))
 
 
 def torchao(model: nn.Module, images: torch.Tensor, bits: int) -> nn.Module:
@@ -175,9 +191,21 @@ def build_peers(model: nn.Module, images: torch.Tensor, bits: int) -> tuple[dict
             name = f"{name} {importlib.metadata.version(package)}"
             with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")
-                models[f"{name} W{bits}A{bits} ({what})"] = build(model, images, bits).train()
+                models[f"{name} W{bits}A{bits} ({what})"] = build(copy.deepcopy(model), images, bits).train()
         except importlib.metadata.PackageNotFoundError:
             absent.append(f"{name} is not installed: pip install {package}")
         except Unsupported as reason:
             absent.append(f"{name} has no W{bits}A{bits} here: {reason}")
     return models, absent
+
+
+class PeerTrainer(SQAKDTrainer):
+    """[`SQAKDTrainer`] for a student with another project's quantizers; their ranges have the rate that ours have."""
+
+    def _check_student(self, model: nn.Module) -> None:
+        pass
+
+    def _ranges(self, model: nn.Module) -> list[nn.Parameter]:
+        # Brevitas' "scaling_impl.value", torch.ao's "weight_quantizer.scale" and "zero_point".
+        marks = ("scaling", "zero_point", "quantizer.")
+        return [p for name, p in model.named_parameters() if any(mark in name for mark in marks)]

@@ -85,6 +85,8 @@ def beyond() -> Group:
             "first ranges by percentile": {"quantizer_kwargs": '{"first_range": "percentile"}'},
             "BatchNorm re-estimated": {"training": '{"reestimate_batch_norm": 2048}'},
             "oscillations dampened, 1e-2": {"training": '{"oscillation_dampening": 0.01}'},
+            "oscillations frozen, 0.01": {"training": '{"oscillation_freezing": 0.01}'},
+            "8 and 4 bits first": {"training": '{"progressive_bits": [8, 4]}'},
             "temperature 1": {"training": '{"temperature": 1.0}'},
             "temperature 8": {"training": '{"temperature": 8.0}'},
             "ranges learn at a tenth": {"training": '{"quantizer_learning_rate": 3e-4}'},
@@ -115,11 +117,55 @@ def other() -> Group:
     }
 
 
-TABLES: dict[str, Callable[[], Group]] = {table.__name__: table for table in (tuning, grid, kd, beyond, few, other)}
+def models() -> Group:
+    """Depthwise convolutions and a vision transformer (6 blocks of width 64). Learning rates were not tuned."""
+    shared: dict[str, Any] = {"teacher_epochs": 20}
+    vit = {**shared, "model_args": '{"patch_size": 4}', "learning_rate": 1e-3, "teacher_learning_rate": 1e-3}
+    networks: tuple[tuple[str, str, tuple[int, int], dict[str, Any]], ...] = (
+        ("MobileNetV2 x0.5", "mobilenetv2_050", (8, 4), shared),
+        ("ShuffleNetV2 x0.5", "shufflenet_v2_x0_5", (8, 4), shared),
+        ("ViT", "test_vit", (4, 2), vit),
+    )
+    objectives = {SQAKD: "SQAKD", LABELS: "labelled QAT"}
+    table: Group = {}
+    for (network, model, widths, options), (objective, title) in itertools.product(networks, objectives.items()):
+        for bits in widths:
+            rows = [Row("lsq", bits, objective, seed, model=model, **options) for seed in SEEDS]
+            table[f"{network} W{bits}A{bits}", title] = rows
+    # StatsQ is made for transformers: its weights, LSQ's activations.
+    for bits in networks[-1][2]:
+        lsq = table[f"ViT W{bits}A{bits}", "SQAKD"]
+        table[f"ViT W{bits}A{bits}", "SQAKD, StatsQ weights"] = [replace(row, quantizer="statsq") for row in lsq]
+    return dict(sorted(table.items(), key=lambda item: item[0][0]))
 
 
+def peers() -> Group:
+    """Other projects' quantizers in all layers, driven by the same trainer and the same loss, on the same images."""
+    table: Group = {}
+    for bits in (4, 2):
+        own = [Row("lsq", bits, SQAKD, seed, first_last_bits=bits) for seed in SEEDS]
+        table[f"W{bits}A{bits}", "ours, LSQ"] = own
+        for name in ("Brevitas", "torch.ao learnable", "torch.ao"):
+            table[f"W{bits}A{bits}", name] = [replace(row, peer=name) for row in own]
+    return table
+
+
+def resnet20() -> Group:
+    """The paper's ResNet-20 on 55,000 images, the teacher's and the students', 10 epochs; the teacher's are 20."""
+    options: dict[str, Any] = {"model": "resnet20_cifar", "images": 55_000, "teacher_epochs": 20}
+    objectives = {SQAKD: "SQAKD", LABELS: "labelled QAT"}
+    return {
+        (f"W{bits}A{bits}", quantizer, title): [Row(quantizer, bits, objective, seed, **options) for seed in SEEDS]
+        for bits, quantizer, (objective, title) in itertools.product((2, 1, 4), ("ewgs", "lsq"), objectives.items())
+    }
+
+
+ALL = (tuning, grid, kd, beyond, few, other, models, peers, resnet20)
+TABLES: dict[str, Callable[[], Group]] = {table.__name__: table for table in ALL}
 # Whose groups of lines begin with the one that the others are compared with.
-COMPARED = ("grid", "kd", "beyond", "few")
+COMPARED = ("grid", "kd", "beyond", "few", "models", "peers", "resnet20")
+# Whose lines are about time as well.
+TIMED = ("peers",)
 
 
 def main() -> None:
@@ -143,14 +189,18 @@ def main() -> None:
                 rows.run(row)
     for name in options.tables:
         print(f"\n### {name}\n\n{TABLES[name].__doc__}\n")
-        print_table(rows, TABLES[name](), compared=name in COMPARED)
+        print_table(rows, TABLES[name](), compared=name in COMPARED, timed=name in TIMED)
 
 
-def print_table(rows: Rows, table: Group, compared: bool) -> None:
-    """Print a line for each entry; if `compared`, also how far SQAKD, the first of each group, is ahead of it."""
+def print_table(rows: Rows, table: Group, compared: bool, timed: bool) -> None:
+    """Print a line for each entry.
+
+    If `compared`, also how far SQAKD, the first of each group, is ahead of it; if `timed`, how long its training took.
+    """
     width = len(next(iter(table)))
-    print(f"|{' |' * width} accuracy | behind the teacher | agreement |{' SQAKD is ahead by |' * compared}")
-    print("|---" * (width + 3 + compared) + "|")
+    last = " SQAKD is ahead by |" * compared + " seconds of training |" * timed
+    print(f"|{' |' * width} accuracy | behind the teacher | agreement |{last}")
+    print("|---" * (width + 3 + compared + timed) + "|")
     for key, wanted in table.items():
         first = next(others for other, others in table.items() if other[: width - 1] == key[: width - 1])
         ahead = f" {'' if first is wanted else paired(rows, first, wanted)} |" if compared else ""
@@ -158,7 +208,8 @@ def print_table(rows: Rows, table: Group, compared: bool) -> None:
             [100 * (result["teacher"]["accuracy"] - result["student"]["accuracy"]) for result in found(rows, wanted)]
         )
         agreement = spread([100 * result["student"]["agreement"] for result in found(rows, wanted)])
-        print(f"| {' | '.join(key)} | {cell(rows, wanted)} | {behind} | {agreement} |{ahead}")
+        seconds = f" {spread([result['seconds'] for result in found(rows, wanted)])} |" if timed else ""
+        print(f"| {' | '.join(key)} | {cell(rows, wanted)} | {behind} | {agreement} |{ahead}{seconds}")
 
 
 def found(rows: Rows, wanted: Sequence[Row]) -> list[dict[str, Any]]:

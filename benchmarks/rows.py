@@ -8,6 +8,7 @@ import contextlib
 import copy
 import fcntl
 import functools
+import io
 import json
 import subprocess
 import time
@@ -20,6 +21,7 @@ import datasets
 import numpy as np
 import torch
 from measure import machine
+from peers import PEERS, PeerTrainer
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import nn
@@ -58,14 +60,16 @@ class Row:
         seed: Of the training images, the teacher, the order of the batches and the test of everything else.
         learning_rate: Of the weights; ranges have a hundredth. In the table "tuning" of reproduction.py 3e-3 is the
             best for each of its objectives, by the mean over both widths.
-        model: timm's name.
+        model, model_args: timm's name, and arguments of the architecture, as JSON.
         epochs, images: Of the student's training; the teacher has the same images.
         share: The part of the teacher's images that the student sees; its number of steps stays that of all of them.
         student_images: So many images for the student instead, the teacher's among them; the steps stay.
         source: `"fashion_mnist"`, or `"photographs"`: grey patches of scikit-learn's two photographs for the student.
         augment: See `ImageTransform`.
         on_held_out: Measure on `HELD_OUT` training images that nobody else sees, instead of the test images.
-        teacher_epochs: Of the teacher, augmented by crop-flip.
+        teacher_epochs, teacher_learning_rate: Of the teacher, augmented by crop-flip.
+        first_last_bits: Of the first and the last layer.
+        peer: A name of `PEERS` in peers.py, whose quantizers take the place of ours, in all layers.
         quantizer_kwargs, training: Further options of the quantizer and of the training, as JSON.
     """
 
@@ -83,6 +87,10 @@ class Row:
     augment: str = "crop-flip"
     on_held_out: bool = False
     teacher_epochs: int = 40
+    teacher_learning_rate: float = 5e-3
+    first_last_bits: int = 8
+    peer: str = ""
+    model_args: str = "{}"
     quantizer_kwargs: str = "{}"
     training: str = "{}"
 
@@ -94,8 +102,18 @@ class Row:
             value = getattr(self, item.name)
             if value != item.default and item.name != "model":
                 parts.append(f"{item.name}={value}")
-        text = "-".join([*parts, f"seed={self.seed}"])
-        return "".join(letter for letter in text if letter.isalnum() or letter in "=-.+*_,:").replace(":", "=")
+        return _file_name("-".join([*parts, f"seed={self.seed}"]))
+
+    @property
+    def teacher_name(self) -> str:
+        """The name of the teacher's folder: rows with the same one share it."""
+        rate = self.teacher_learning_rate
+        own = f"{self.model}-{self.images}x{self.teacher_epochs}-{rate:g}-{self.model_args}-{self.seed}"
+        return _file_name(own)
+
+
+def _file_name(text: str) -> str:
+    return "".join(letter for letter in text if letter.isalnum() or letter in "=-.+*_,:").replace(":", "=")
 
 
 @dataclass
@@ -127,13 +145,6 @@ class Rows:
         teacher = self.teacher(row)
         data = images_of(row.seed, row.images)
         student = copy.deepcopy(teacher)
-        config = QuantizationConfig(
-            row.quantizer,
-            weight_bits=row.bits,
-            activation_bits=row.bits,
-            quantizer_kwargs=json.loads(row.quantizer_kwargs),
-        )
-        quantize_model(student, config)
         if row.source == "photographs":
             train = Preloaded(photographs(row.images, row.seed).with_transform(data.transform()), SHIFTS[row.augment])
         else:
@@ -151,9 +162,24 @@ class Rows:
             **common(row.seed),
             **json.loads(row.training),
         )
-        trainer = SQAKDTrainer(student, teacher, args, train_dataset=train)
+        if row.peer:
+            _, build, _ = PEERS[row.peer]
+            images = torch.stack([train[index]["pixel_values"] for index in range(args.calibration_images)])
+            with contextlib.redirect_stdout(io.StringIO()):
+                student = build(student, images, row.bits)
+            trainer = PeerTrainer(student, teacher, args, train_dataset=train)
+        else:
+            config = QuantizationConfig(
+                row.quantizer,
+                weight_bits=row.bits,
+                activation_bits=row.bits,
+                first_last_bits=row.first_last_bits,
+                quantizer_kwargs=json.loads(row.quantizer_kwargs),
+            )
+            quantize_model(student, config)
+            trainer = SQAKDTrainer(student, teacher, args, train_dataset=train)
+            trainer.calibrate()
         trainer.remove_callback(PrinterCallback)
-        trainer.calibrate()
         test = data.held_out if row.on_held_out else data.test
         before = trainer.evaluate(test)
         trained = time.time()
@@ -180,15 +206,16 @@ class Rows:
 
     def teacher(self, row: Row) -> nn.Module:
         """Return the teacher of the row's model, seed and images: trained once, with labels."""
-        folder = self.teachers / f"{row.model}-{row.images}x{row.teacher_epochs}-{row.seed}"
-        with _alone(folder.with_suffix(".lock"), wait=True):
+        folder = self.teachers / row.teacher_name
+        with _alone(folder.with_name(f"{folder.name}.lock"), wait=True):
             if not (folder / "config.json").exists():
                 set_seed(row.seed)
-                model = build_model(f"timm/{row.model}", CLASSES, image_size=SIZE)
+                options = json.loads(row.model_args)
+                model = build_model(f"timm/{row.model}", CLASSES, image_size=SIZE, model_args=options)
                 args = TrainingArguments(
                     output_dir=str(folder),
                     num_train_epochs=row.teacher_epochs,
-                    learning_rate=5e-3,
+                    learning_rate=row.teacher_learning_rate,
                     warmup_steps=0.1,
                     weight_decay=0.01,
                     **common(row.seed),

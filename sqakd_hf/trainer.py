@@ -128,15 +128,7 @@ class SQAKDTrainer(Trainer):
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
         **kwargs: Any,
     ):
-        if not quantized_layers(model):
-            raise InputError(
-                "The student is not quantized. Call quantize_model(model, QuantizationConfig(...)) first."
-            )
-        if isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is None:
-            raise InputError(
-                "The student has quantized layers that quantize_model did not put there, and could not be saved. "
-                "Use quantize_model, with overrides for single layers."
-            )
+        self._check_student(model)
         given = list(teacher_model) if isinstance(teacher_model, list | tuple) else [teacher_model]
         if not given:
             raise InputError("teacher_model is an empty list. Pass at least one full-precision model.")
@@ -181,6 +173,22 @@ class SQAKDTrainer(Trainer):
         self.results: dict[str, dict[str, float | None]] = {}
         self._calibrated = False
         self._format = "packed"
+
+    def _check_student(self, model: nn.Module) -> None:
+        if not quantized_layers(model):
+            raise InputError(
+                "The student is not quantized. Call quantize_model(model, QuantizationConfig(...)) first."
+            )
+        if isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is None:
+            raise InputError(
+                "The student has quantized layers that quantize_model did not put there, and could not be saved. "
+                "Use quantize_model, with overrides for single layers."
+            )
+
+    def _ranges(self, model: nn.Module) -> list[nn.Parameter]:
+        """Return the parameters that learn by `quantizer_learning_rate`."""
+        own = (parameter for quantizer in quantizers(model) for parameter in quantizer.parameters(recurse=False))
+        return [parameter for parameter in own if parameter.requires_grad]
 
     def _teacher_dtype(self) -> torch.dtype:
         name = self.args.teacher_dtype
@@ -432,9 +440,8 @@ class SQAKDTrainer(Trainer):
         self._stage = stage
         if step == 0 or stage != self._progressive.stage(step - 1, steps):  # else a checkpoint brought the ranges
             self.calibrate()
-            for quantizer in quantizers(self.model):
-                for parameter in quantizer.parameters(recurse=False):
-                    self.optimizer.state.pop(parameter, None)  # what it remembers is of other ranges
+            for parameter in self._ranges(self.model):
+                self.optimizer.state.pop(parameter, None)  # what it remembers is of other ranges
 
     def _estimate_deltas(self) -> None:
         """Set every quantizer's `delta` from the curvature of the loss at the first three training batches."""
@@ -506,13 +513,7 @@ class SQAKDTrainer(Trainer):
         """Group the parameters: decayed weights, other weights, and ranges with their own rate and no decay."""
         if self.optimizer is not None:
             return self.optimizer
-        owner = self.model if model is None else model
-        ranges = [
-            parameter
-            for quantizer in quantizers(owner)
-            for parameter in quantizer.parameters(recurse=False)
-            if parameter.requires_grad
-        ]
+        ranges = self._ranges(self.model if model is None else model)
         for parameter in ranges:
             parameter.requires_grad_(False)
         super().create_optimizer(*(() if model is None else (model,)))
