@@ -1,8 +1,8 @@
 """Other projects' fake quantization of every convolution and linear layer, for the benchmarks.
 
 Each function takes a float model, which it may change, images to calibrate on and the bits of weights and activations,
-and returns the model that trains, ranges learned where the project learns them. `PEERS` names them; one whose package is not
-installed is left out of the tables, and said so.
+and returns the model that trains, ranges learned where the project learns them. `PEERS` names them; one whose package
+is not installed is left out of the tables, and said so.
 """
 
 import contextlib

