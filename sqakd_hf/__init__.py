@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .configuration import QuantizationConfig
 from .convert import calibrate_model, is_calibrated, quantize_model, quantized_layers
-from .errors import InputError
+from .errors import ExportMismatchError, InputError
 from .functional import fake_quantize
 from .hf_quantizer import SQAKDHfQuantizer
 from .layers import QuantizedLayer, register_quantized_layer
@@ -17,6 +17,7 @@ from .quantizers import FakeQuantizer, create_quantizer, list_quantizers, regist
 if TYPE_CHECKING:
     from .collator import ImageCollator
     from .data import ImageData, load_image_data, split_holdout
+    from .export import ExportCheck, ExportReport, export_onnx, verify_export
     from .interrupt import InterruptCallback
     from .metrics import TeacherAgreement, TeacherDivergence, TopKAccuracy
     from .modeling import WeightsNotFoundError, build_model, load_teacher
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "ExportCheck",
+    "ExportMismatchError",
+    "ExportReport",
     "FakeQuantizer",
     "ImageCollator",
     "ImageData",
@@ -48,6 +52,7 @@ __all__ = [
     "calibrate_model",
     "create_quantizer",
     "distillation_loss",
+    "export_onnx",
     "fake_quantize",
     "is_calibrated",
     "list_quantizers",
@@ -59,6 +64,7 @@ __all__ = [
     "register_quantized_layer",
     "register_quantizer",
     "split_holdout",
+    "verify_export",
 ]
 
 # Loaded on first use: transformers' Trainer takes seconds to import, `datasets` and `evaluate` one more.
@@ -67,6 +73,10 @@ _LAZY = {
     "ImageData": "data",
     "load_image_data": "data",
     "split_holdout": "data",
+    "ExportCheck": "export",
+    "ExportReport": "export",
+    "export_onnx": "export",
+    "verify_export": "export",
     "InterruptCallback": "interrupt",
     "TeacherAgreement": "metrics",
     "TeacherDivergence": "metrics",

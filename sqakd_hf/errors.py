@@ -18,6 +18,10 @@ class UploadError(RuntimeError):
     """The Hub did not take the files; the message says why and where they still are."""
 
 
+class ExportMismatchError(RuntimeError):
+    """An exported file does not compute what its student does; the message says by how much."""
+
+
 def check_bits(bits: int, name: str = "bits") -> int:
     """Return `bits` if it is an integer from 1 to 8, else raise `InputError` naming the field."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= MAX_BITS:

@@ -26,7 +26,7 @@ LAYERS = [
     {"training_args", "card"},
     {"push"},
     {"hf_quantizer"},
-    {"trainer"},
+    {"trainer", "export"},
     {"__init__"},
 ]
 MAY_IMPORT_TRANSFORMERS = {
@@ -39,11 +39,17 @@ MAY_IMPORT_TRANSFORMERS = {
     "interrupt",
     "modeling",
     "trainer",
+    "export",
 }
 # Imported inside functions, so that `import sqakd_hf` stays quick and each is needed only where it is used.
-LATE = {"timm", "datasets", "evaluate", "torchvision", "sklearn", "matplotlib"}
-# timm_layers and models are themselves imported late: when a model has a layer of timm's own, or is named.
-MAY_IMPORT_EARLY = {"metrics": {"datasets", "evaluate"}, "timm_layers": {"timm"}, "models": {"timm", "torchvision"}}
+LATE = {"timm", "datasets", "evaluate", "torchvision", "sklearn", "matplotlib", "onnx", "onnx_ir", "onnxruntime"}
+# timm_layers, models and export are themselves imported late: when a model has a layer of timm's own, or is named.
+MAY_IMPORT_EARLY = {
+    "metrics": {"datasets", "evaluate"},
+    "timm_layers": {"timm"},
+    "models": {"timm", "torchvision"},
+    "export": {"onnx", "onnx_ir", "onnxruntime"},
+}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

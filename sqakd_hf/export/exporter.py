@@ -1,0 +1,227 @@
+"""`export_onnx`: a student as an ONNX file, checked before it is put in its place."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import tempfile
+import warnings
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import nn
+from transformers import AutoModelForImageClassification, PreTrainedModel
+
+from ..convert import is_calibrated, quantized_layers
+from ..errors import InputError, first_line, quote
+from ..modeling import Preprocessing, preprocessing
+from .lowering import CONTAINERS, Placement, lower
+from .symbols import Symbolic
+from .verification import PLACEMENTS, ExportCheck, verify_export
+
+
+INPUT, OUTPUTS = "pixel_values", ("logits", "pred_boxes")
+OPSET = 21  # the first with 4-bit integers and blocks of scales
+OPSET_OF_INT2 = 25
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What [`export_onnx`] wrote.
+
+    Args:
+        path (`Path`): The file.
+        file_bytes (`int`): Its size.
+        opset (`int`): The version of ONNX's operators that it needs.
+        placements (`tuple[Placement, ...]`): What became of each weight and each quantizer.
+        check (`ExportCheck`, *optional*): How far it agrees with the student; `None` where it was not asked.
+    """
+
+    path: Path
+    file_bytes: int
+    opset: int
+    placements: tuple[Placement, ...]
+    check: ExportCheck | None
+
+    @property
+    def in_float(self) -> tuple[Placement, ...]:
+        """The weights and quantizers whose values float operations compute, with the reason."""
+        return tuple(placement for placement in self.placements if placement.reason is not None)
+
+    def __str__(self) -> str:
+        weights = sum(placement.kind == "weight" for placement in self.placements)
+        lines = [
+            f"{self.path}: {self.file_bytes:,} bytes, opset {self.opset}, {weights} weights as integers, "
+            f"{len(self.placements) - weights} quantizers"
+        ]
+        reasons: dict[str, list[str]] = {}
+        for placement in self.in_float:
+            reasons.setdefault(f"{placement.kind}s with {placement.reason}", []).append(placement.name)
+        for reason, names in reasons.items():
+            lines.append(
+                f"by float operations: {len(names)} {reason} ({', '.join(names[:3])}{', …' * (len(names) > 3)})"
+            )
+        if self.check is not None:
+            lines.append(str(self.check))
+        return "\n".join(lines)
+
+
+def export_onnx(
+    model: nn.Module | str,
+    path: str | os.PathLike,
+    container: str = "int8",
+    *,
+    image_size: int | None = None,
+    dynamic_image_size: bool = False,
+    output_field: str | None = None,
+    verify: bool = True,
+    images: torch.Tensor | None = None,
+) -> ExportReport:
+    """Write a quantized student to an ONNX file that computes with the same integers.
+
+    The file takes `pixel_values` `(batch, C, H, W)`, float32, normalised, any batch size, and returns `logits` (and
+    `pred_boxes` of a detector). Its metadata has the labels, the preprocessing, the source and the versions.
+
+    Weights are integer initialisers; BatchNorm after a convolution goes into their scales and the bias, which changes
+    no code. Activations are uint8, clipped to their own width. Values that no integer type expresses are computed by
+    float operations, see [`ExportReport.in_float`].
+
+    Args:
+        model (`nn.Module` or `str`): A calibrated student, or the folder or Hub id of a classifier that was saved.
+        path (`str` or `os.PathLike`): The file to write; its folder must exist. It is written last, whole, and only if
+            the checks pass.
+        container (`str`, *optional*, defaults to `"int8"`): `"int8"` holds codes of every width in 8-bit integers, for
+            speed; `"packed"` holds weights of up to 4 bits in 4-bit and of up to 2 bits in 2-bit integers, for bytes.
+        image_size (`int`, *optional*): Side of the images; by default the model's own.
+        dynamic_image_size (`bool`, *optional*, defaults to `False`): Take images of any size, where the model does.
+        output_field (`str`, *optional*): Which output holds the class logits, for models with several heads.
+        verify (`bool`, *optional*, defaults to `True`): Compare file and student by [`verify_export`].
+        images (`torch.Tensor`, *optional*): What to compare on, `(B, C, H, W)`; seeded noise by default.
+
+    Raises:
+        `InputError`: A model that is no calibrated student, an operator or a size that can't be exported, a path that
+            can't be written.
+        `ExportMismatchError`: File and student disagree; nothing is written.
+    """
+    if container not in CONTAINERS:
+        raise InputError(f"container must be one of {quote(CONTAINERS)}, got {container!r}.")
+    student = AutoModelForImageClassification.from_pretrained(model) if isinstance(model, str) else model
+    if not quantized_layers(student):
+        raise InputError("The model is not quantized. Export a student, see quantize_model.")
+    if not is_calibrated(student):
+        raise InputError("The student has no ranges yet. Run calibrate_model(model, batches) or train it first.")
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"The folder {str(path.parent)!r} does not exist: make it, or choose another path.")
+    expected = preprocessing(student) if isinstance(student, PreTrainedModel) else None
+    example = images if images is not None else _noise(student, expected, image_size)
+    exported = _trace(student, example, dynamic_image_size, output_field)
+    placements = lower(exported, container)
+    exported.opset_imports[""] = OPSET_OF_INT2 if any("int2" in each.storage for each in placements) else OPSET
+    exported.ir_version = 13 if exported.opset_imports[""] == OPSET_OF_INT2 else 10
+    exported.producer_name, exported.producer_version = "sqakd_hf", _version("sqakd_hf")
+    exported.metadata_props.update(_metadata(student, expected, example, container))
+    exported.metadata_props[PLACEMENTS] = json.dumps([asdict(placement) for placement in placements])
+    proto = ir.to_proto(exported)
+    onnx.checker.check_model(proto, full_check=True)
+    try:
+        handle, temporary = tempfile.mkstemp(".onnx", f".{path.name}-", path.parent)
+    except OSError as error:
+        raise InputError(f"{str(path)!r} can't be written: {error.strerror}.") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(proto.SerializeToString())
+        check = None
+        if verify:
+            check = verify_export(student, temporary, example, output_field=output_field)
+            check.require()
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{str(path)!r} can't be written: {error.strerror}.") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+    return ExportReport(path, path.stat().st_size, exported.opset_imports[""], tuple(placements), check)
+
+
+def _noise(student: nn.Module, expected: Preprocessing | None, image_size: int | None) -> torch.Tensor:
+    size = image_size or (expected.image_size if expected is not None else 224)
+    channels = len(expected.mean) if expected is not None else 3
+    return torch.randn(8, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def _trace(student: nn.Module, example: torch.Tensor, dynamic_image_size: bool, output_field: str | None) -> ir.Model:
+    """Return the graph of the student, with symbols for its quantizers."""
+    symbolic = Symbolic(student, output_field)
+    dimensions = {0: torch.export.Dim("batch", min=1)}
+    if dynamic_image_size:
+        dimensions |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx", "onnxscript"):
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.onnx.export(
+                symbolic,
+                # Two images: one would fix the size of the batch.
+                (example[:2].float().cpu(),),
+                dynamo=True,
+                input_names=[INPUT],
+                dynamic_shapes={INPUT: dimensions},
+                opset_version=OPSET,
+                verbose=False,
+            )
+        except Exception as error:
+            raise InputError(
+                f"{type(student).__name__} can't be exported at {tuple(example.shape[2:])} pixels: "
+                f"{first_line(error.__cause__ or error)}"
+            ) from error
+    graph = program.model.graph
+    for value, name in zip(graph.outputs, OUTPUTS, strict=False):
+        value.name = name
+    return program.model
+
+
+@contextlib.contextmanager
+def _quiet(*names: str):
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _metadata(
+    student: nn.Module, expected: Preprocessing | None, example: torch.Tensor, container: str
+) -> dict[str, str]:
+    """Return what a user of the file wants to know, by name; all values are text, most of them JSON."""
+    facts: dict[str, Any] = {"container": container}
+    if expected is not None:
+        facts["preprocessing"] = {
+            "image_size": example.shape[-1],
+            "mean": list(expected.mean),
+            "std": list(expected.std),
+            "crop_pct": expected.crop_pct,
+            "interpolation": expected.interpolation,
+        }
+        labels = getattr(student.config, "id2label", None) or {}
+        facts["labels"] = [labels[number] for number in sorted(labels)]
+        facts["source"] = getattr(student.config, "_name_or_path", "") or type(student).__name__
+        facts["quantization"] = json.loads(student.config.quantization_config.to_json_string(use_diff=False))
+    facts["versions"] = {name: _version(name) for name in ("sqakd_hf", "torch", "transformers", "timm")}
+    return {f"sqakd.{name}": value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,417 @@
+"""From symbols to ONNX's own operators: integers in the initialisers, QuantizeLinear and DequantizeLinear around them.
+
+A student's value is `(code - zero_point) * scale`. Here its codes become integers `i = factor * code + offset` of a
+type that engines compute with, such that the value is `(i - z) * scale / factor` for a whole `z`; nothing else
+changes, but for the order of a few float operations.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
+
+from .symbols import DEQUANTIZE, DOMAIN, QUANTIZE
+
+
+CONTAINERS = ("int8", "packed")
+INT8 = np.iinfo(np.int8)
+# Operators that apply a weight, and which of their inputs it is.
+_WEIGHTED = {"Conv": 1, "ConvTranspose": 1, "MatMul": 1, "Gemm": 1}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What became of one symbol.
+
+    Args:
+        name (`str`): The module in the student: a layer, for its weight, or a quantizer.
+        kind (`str`): `"weight"` or `"activation"`.
+        levels (`int`): Number of codes.
+        storage (`str`): The type of the integers, such as `"int8"`.
+        tensor (`str`): The graph's name of the integers.
+        factor, offset (`int`): `integer = factor * code + offset`; of a weight whose BatchNorm was folded into it,
+            channels with a negative slope have the negative of that.
+        channel_axis (`int`, *optional*): The axis of a weight's output channels.
+        reason (`str`, *optional*): Why the values are computed by float operations instead of DequantizeLinear.
+    """
+
+    name: str
+    kind: str
+    levels: int
+    storage: str
+    tensor: str
+    factor: int = 1
+    offset: int = 0
+    channel_axis: int | None = None
+    reason: str | None = None
+
+
+def lower(model: ir.Model, container: str) -> list[Placement]:
+    """Replace all symbols of `model`, in place, and return what became of each.
+
+    Args:
+        model (`ir.Model`): As exported from [`~sqakd_hf.export.symbols.Symbolic`].
+        container (`str`): `"int8"`: 8-bit integers for codes of every width, for speed. `"packed"`: weights in the
+            narrowest type there is (INT2, INT4, INT8), for bytes.
+    """
+    graph = _Graph(model.graph)
+    placements = []
+    for node in list(model.graph):
+        if node.domain == DOMAIN and node.op_type == DEQUANTIZE:
+            placements.append(_Weight(graph, node).lower(container))
+    for node in list(model.graph):
+        if node.domain == DOMAIN and node.op_type == QUANTIZE:
+            placements.append(_Activation(graph, node).lower())
+    model.graph.sort()
+    RemoveUnusedNodesPass()(model)  # and what only they used; what engines fuse must have no other user
+    ClearMetadataAndDocStringPass()(model)  # the exporter's notes, of paths and lines on this machine
+    model.opset_imports.pop(DOMAIN, None)
+    return placements
+
+
+class _Graph:
+    """The few operations on a graph that lowering needs."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self._names = {value.name for node in graph for value in node.outputs} | set(graph.initializers)
+
+    def constant(self, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
+        """Add an initialiser; `name` is made unique."""
+        unique = self._unique(name)
+        tensor = ir.tensor(array, dtype=dtype, name=unique)
+        value = ir.Value(
+            name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        self.graph.initializers[unique] = value
+        return value
+
+    def insert(
+        self,
+        before: ir.Node,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        dtype: ir.DataType = ir.DataType.FLOAT,
+        shape: ir.Shape | None = None,
+        **attributes: int | ir.Attr,
+    ) -> ir.Value:
+        """Insert a node in front of another one and return its output."""
+        name = self._unique(name)
+        output = ir.Value(name=name, type=ir.TensorType(dtype), shape=shape)
+        node = ir.node(operator, inputs, attributes or None, outputs=[output], name=name)
+        self.graph.insert_before(before, node)
+        return output
+
+    def _unique(self, name: str) -> str:
+        unique, number = name, 1
+        while unique in self._names:
+            unique, number = f"{name}.{number}", number + 1
+        self._names.add(unique)
+        return unique
+
+    def replace(self, node: ir.Node, value: ir.Value) -> None:
+        """Let `value` take the place of the node's output."""
+        (old,) = node.outputs
+        if old.is_graph_output():
+            value.name, old.name = old.name, f"{old.name}.replaced"
+        ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
+        self.graph.remove(node, safe=True)
+
+
+def _only_user(value: ir.Value) -> ir.Node | None:
+    """Return the one node that uses `value`, if there is one and the value is no output of the graph."""
+    uses = value.uses()
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def _array(value: ir.Value) -> np.ndarray:
+    return value.const_value.numpy()
+
+
+class _Weight:
+    """One weight: its codes and its range as arrays, and the operators around it."""
+
+    def __init__(self, graph: _Graph, node: ir.Node) -> None:
+        self.graph, self.node = graph, node
+        self.name = node.attributes["name"].as_string()
+        self.levels = node.attributes["levels"].as_int()
+        self.axis = node.attributes["axis"].as_int()
+        self.codes, self.scale, self.zero_point = (_array(value) for value in node.inputs)
+        self.scale = self.scale.astype(np.float64)
+        self.channel_axis = node.attributes["channel_axis"].as_int()
+        if self.axis < 0:
+            self.axis = None
+        self._join_transpose()
+
+    def _join_transpose(self) -> None:
+        """Take the transpose between a linear layer's weight and its product into the codes."""
+        user = _only_user(self.node.outputs[0])
+        if user is None or user.op_type != "Transpose":
+            return
+        permutation = list(user.attributes["perm"].as_ints())
+        self.codes = np.ascontiguousarray(self.codes.transpose(permutation))
+        self.axis = None if self.axis is None else permutation.index(self.axis)
+        self.channel_axis = permutation.index(self.channel_axis)
+        self.graph.replace(user, self.node.outputs[0])
+
+    def lower(self, container: str) -> Placement:
+        """Fold a BatchNorm into range and bias, write the integers and what dequantizes them."""
+        integers, factor, offset, reason = self._integers(container)
+        scale = self.scale / factor
+        norm = self._batch_norm()
+        if norm is not None:
+            slopes = norm.slopes()
+            flipped = _flipped(integers, slopes)
+            if reason is not None or (container == "packed" and _narrowest(flipped) > _narrowest(integers)):
+                # No integer kernel will see the sign of the scale.
+                scale = scale * slopes
+                norm.fold()
+                self.axis = 0
+            elif flipped.max(initial=0) <= INT8.max:  # -128 has no negative: there, BatchNorm stays what it is
+                scale = np.where(slopes == 0, scale, scale * np.abs(slopes))
+                integers = flipped
+                norm.fold()
+                self.axis = 0
+        output, tensor, storage = self._write(integers, scale.astype(np.float32), container, reason)
+        self.graph.replace(self.node, output)
+        return Placement(self.name, "weight", self.levels, storage, tensor, factor, offset, self.channel_axis, reason)
+
+    def _integers(self, container: str) -> tuple[np.ndarray, int, int, str | None]:
+        """Return the integers, the two numbers that make them of codes, and why there is no whole zero point."""
+        codes = self.codes.astype(np.int16)
+        halves = np.round(2 * self.zero_point.astype(np.float64))
+        # Mirrored ranges have a zero point in their middle, up to the rounding of float32.
+        if (
+            np.abs(2 * self.zero_point - halves).max() > 4 * self.levels * np.finfo(np.float32).eps
+            or len(set(halves)) > 1
+        ):
+            return codes, 1, 0, "a zero point of its own for each channel"
+        for factor in (1, 2) if container == "int8" else (1,):  # doubled codes need one bit more
+            offset = -factor * halves[0] / 2
+            ends = offset, factor * (self.levels - 1) + offset
+            if container == "packed" and self.levels <= 4:
+                return (
+                    codes,
+                    1,
+                    0,
+                    "2-bit integers, which ONNX Runtime's kernels can't take: they are dequantized first",
+                )
+            if offset % 1 == 0 and INT8.min <= ends[0] and ends[1] <= INT8.max:
+                return codes * factor + int(offset), factor, int(offset), None
+        return codes, 1, 0, "a zero point between two codes"
+
+    def _batch_norm(self) -> "_BatchNorm | None":
+        """Return the normalisation of what this weight computes, if nothing else sees that."""
+        conv = _only_user(self.node.outputs[0])
+        if conv is None or conv.op_type != "Conv" or self.axis not in (None, 0):
+            return None
+        norm = _only_user(conv.outputs[0])
+        if (
+            norm is None
+            or norm.op_type != "BatchNormalization"
+            or any(not v.is_initializer() for v in norm.inputs[1:])
+        ):
+            return None
+        return _BatchNorm(self.graph, conv, norm)
+
+    def _write(
+        self, integers: np.ndarray, scale: np.ndarray, container: str, reason: str | None
+    ) -> tuple[ir.Value, str, str]:
+        """Insert the integers and what computes their values; return the values, the integers' name and type."""
+        if self.axis is not None and scale.shape == (1,):
+            scale = np.repeat(scale, integers.shape[self.axis])
+        if reason is not None:
+            return self._write_shifted(integers, scale, container)
+        return self._write_dequantized(integers, scale, container, signed=True)
+
+    def _write_dequantized(
+        self, integers: np.ndarray, scale: np.ndarray, container: str, signed: bool
+    ) -> tuple[ir.Value, str, str]:
+        bits = _narrowest(integers, signed) if container == "packed" else 8
+        dtype = ir.DataType[f"{'' if signed else 'U'}INT{bits}"]
+        stored = self.graph.constant(f"{self.name}.weight", integers.astype(dtype.numpy()), dtype)
+        options = {} if self.axis is None else {"axis": self.axis}
+        scales = self.graph.constant(f"{self.name}.weight_scale", scale if options else scale.reshape(()))
+        name = f"{self.name}.weight_value" if signed else f"{self.name}.weight_steps"
+        output = self.graph.insert(
+            self.node, "DequantizeLinear", [stored, scales], name, shape=ir.Shape(integers.shape), **options
+        )
+        return output, stored.name, str(dtype.name).lower()
+
+    def _write_shifted(self, codes: np.ndarray, scale: np.ndarray, container: str) -> tuple[ir.Value, str, str]:
+        """Write codes from 0 and a float shift, for zero points that no integer type has."""
+        output, tensor, storage = self._write_dequantized(codes, scale, container, signed=False)
+        shape = [-1 if axis == self.axis else 1 for axis in range(codes.ndim)]
+        shift = (self.zero_point.astype(np.float64) * scale).astype(np.float32).reshape(shape)
+        shift = self.graph.constant(f"{self.name}.weight_shift", shift)
+        value = self.graph.insert(
+            self.node, "Sub", [output, shift], f"{self.name}.weight_value", shape=ir.Shape(codes.shape)
+        )
+        return value, tensor, storage
+
+
+class _BatchNorm:
+    """A convolution and the normalisation after it."""
+
+    def __init__(self, graph: _Graph, conv: ir.Node, norm: ir.Node) -> None:
+        self.graph, self.conv, self.norm = graph, conv, norm
+        self.weight, self.bias, self.mean, self.variance = (
+            _array(value).astype(np.float64) for value in norm.inputs[1:5]
+        )
+
+    def slopes(self) -> np.ndarray:
+        """Return by what each channel is multiplied, `(C,)`."""
+        return self.weight / np.sqrt(self.variance + self.norm.attributes["epsilon"].as_float())
+
+    def fold(self) -> None:
+        """Give the convolution the bias of both, and remove the normalisation."""
+        own = 0.0 if len(self.conv.inputs) < 3 or self.conv.inputs[2] is None else _array(self.conv.inputs[2])
+        bias = self.bias + (own - self.mean) * self.slopes()
+        value = self.graph.constant(f"{self.norm.inputs[2].name}.folded", bias.astype(np.float32))
+        self.conv.resize_inputs(3)
+        self.conv.replace_input_with(2, value)
+        self.graph.replace(self.norm, self.conv.outputs[0])
+
+
+def _flipped(integers: np.ndarray, slopes: np.ndarray) -> np.ndarray:
+    """Return the integers with the sign of their channel's slope, 0 for a slope of 0."""
+    return integers * np.sign(slopes).astype(np.int16).reshape(-1, *(1,) * (integers.ndim - 1))
+
+
+def _narrowest(integers: np.ndarray, signed: bool = True) -> int:
+    """Return the bits of the narrowest type of ONNX that holds the integers."""
+    for bits in (2, 4):
+        first = -(2 ** (bits - 1)) if signed else 0
+        if first <= integers.min(initial=0) and integers.max(initial=0) < first + 2**bits:
+            return bits
+    return 8
+
+
+class _Activation:
+    """One quantizer of activations: its range, and the operators in front of it."""
+
+    def __init__(self, graph: _Graph, node: ir.Node) -> None:
+        self.graph, self.node = graph, node
+        self.name = node.attributes["name"].as_string()
+        self.levels = node.attributes["levels"].as_int()
+        self.axis = node.attributes["axis"].as_int()
+        self.is_binary = bool(node.attributes["binary"].as_int())
+        self.x = node.inputs[0]
+        self.scale, self.zero_point = (_array(value).astype(np.float32) for value in node.inputs[1:])
+        self.options = {} if self.axis < 0 else {"axis": self.axis}
+        if self.axis < 0:
+            self.scale, self.zero_point = self.scale.reshape(()), self.zero_point.reshape(())
+
+    def lower(self) -> Placement:
+        """Write the integers and what dequantizes them."""
+        if self.is_binary:
+            return self._lower_binary()
+        if (self.zero_point % 1).any():
+            return self._lower_free_range()
+        self.range = [
+            self.graph.constant(f"{self.name}.scale", self.scale),
+            self.graph.constant(f"{self.name}.zero_point", self.zero_point.astype(np.uint8)),
+        ]
+        codes = self._codes(self.x)
+        self._dequantize(codes, self.range)
+        return Placement(self.name, "activation", self.levels, "uint8", codes.name)
+
+    def _codes(self, x: ir.Value, first: int = 0, last: int = 255) -> ir.Value:
+        """Return the codes of `x`, of which those before `first` and after `last` become these.
+
+        Rounding never swaps two numbers. So what only chooses among numbers, or bounds them, may as well choose among
+        codes: in front of it QuantizeLinear follows what computes the numbers, and engines fuse the two.
+        """
+        producer = x.producer()
+        if producer is not None and _only_user(x) is not None and self.axis < 0:
+            if producer.op_type in ("Relu", "Clip"):
+                lower, upper = _bounds(producer)
+                first = max(first, self._code(lower))
+                last = min(last, self._code(upper))
+                return self._codes(producer.inputs[0], min(first, last), last)
+            if producer.op_type == "MaxPool" and len(producer.outputs) == 1:
+                return self._again(producer, [self._codes(producer.inputs[0], first, last)], x.shape)
+            if producer.op_type == "Concat":
+                return self._again(producer, [self._codes(part, first, last) for part in producer.inputs], x.shape)
+        codes = self._insert("QuantizeLinear", [x, *self.range], x.shape, **self.options)
+        # Of integers: engines do not fuse QuantizeLinear with what is before a Clip in front of it.
+        bounds = (first or None, min(last, self.levels - 1))
+        if bounds != (None, 255):
+            ends = [None if end in (None, 255) else self._bound(end) for end in bounds]
+            codes = self._insert("Clip", [codes, *ends], x.shape)
+        return codes
+
+    def _code(self, value: float) -> int:
+        with np.errstate(over="ignore"):
+            code = np.rint(np.float32(value) / self.scale) + self.zero_point
+        return int(np.clip(code, 0, self.levels - 1))
+
+    def _bound(self, code: int) -> ir.Value:
+        return self.graph.constant(f"{self.name}.code_{code}", np.uint8(code))
+
+    def _again(self, node: ir.Node, inputs: list[ir.Value], shape: ir.Shape | None) -> ir.Value:
+        """Insert what `node` does, on codes."""
+        return self._insert(node.op_type, inputs, shape, **node.attributes)
+
+    def _insert(self, operator: str, inputs: list[ir.Value | None], shape: ir.Shape | None, **options) -> ir.Value:
+        return self.graph.insert(
+            self.node, operator, inputs, f"{self.name}.codes", ir.DataType.UINT8, shape, **options
+        )
+
+    def _dequantize(self, codes: ir.Value, quantization: list[ir.Value]) -> None:
+        values = self.graph.insert(
+            self.node,
+            "DequantizeLinear",
+            [codes, *quantization],
+            f"{self.name}.value",
+            shape=self.x.shape,
+            **self.options,
+        )
+        self.graph.replace(self.node, values)
+
+    def _lower_binary(self) -> Placement:
+        """Write {-s, +s} as 127 and 129 around 128; `scale` is the distance of the two values."""
+        threshold = self.graph.constant(f"{self.name}.threshold", np.float32(0))
+        above = self.graph.insert(
+            self.node, "GreaterOrEqual", [self.x, threshold], f"{self.name}.above", ir.DataType.BOOL, self.x.shape
+        )
+        codes = self._insert("Where", [above, self._bound(129), self._bound(127)], self.x.shape)
+        scales = self.graph.constant(f"{self.name}.scale", self.scale / 2)
+        zeros = self.graph.constant(f"{self.name}.zero_point", np.full(self.scale.shape, 128, np.uint8))
+        self._dequantize(codes, [scales, zeros])
+        return Placement(self.name, "activation", self.levels, "uint8", codes.name, 2, 127)
+
+    def _lower_free_range(self) -> Placement:
+        """Compute the values of a grid that does not hold zero as the quantizer does, in float."""
+        shape = self.x.shape
+        along = [-1 if place == self.axis else 1 for place in range(len(shape))] if self.axis >= 0 else ()
+        scales = self.graph.constant(f"{self.name}.scale", self.scale.reshape(along))
+        zeros = self.graph.constant(f"{self.name}.zero_point", self.zero_point.reshape(along))
+        ends = [
+            self.graph.constant(f"{self.name}.{end}", np.float32(value))
+            for end, value in (("first", 0), ("last", self.levels - 1))
+        ]
+        value = self.graph.insert(self.node, "Div", [self.x, scales], f"{self.name}.in_steps", shape=shape)
+        value = self.graph.insert(self.node, "Add", [value, zeros], f"{self.name}.shifted", shape=shape)
+        value = self.graph.insert(self.node, "Clip", [value, *ends], f"{self.name}.clipped", shape=shape)
+        codes = self.graph.insert(self.node, "Round", [value], f"{self.name}.codes", shape=shape)
+        value = self.graph.insert(self.node, "Sub", [codes, zeros], f"{self.name}.centred", shape=shape)
+        value = self.graph.insert(self.node, "Mul", [value, scales], f"{self.name}.value", shape=shape)
+        self.graph.replace(self.node, value)
+        reason = "a range that does not hold zero (integer_zero_point=False)"
+        return Placement(self.name, "activation", self.levels, "float", codes.name, reason=reason)
+
+
+def _bounds(node: ir.Node) -> tuple[float, float]:
+    """Return the ends between which a Relu or Clip holds its input."""
+    if node.op_type == "Relu":
+        return 0.0, np.inf
+    ends = [*node.inputs[1:], None, None][:2]
+    lower, upper = (None if end is None else end.const_value for end in ends)
+    return (
+        -np.inf if lower is None else float(lower.numpy()),
+        np.inf if upper is None else float(upper.numpy()),
+    )

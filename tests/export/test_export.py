@@ -1,0 +1,362 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from sqakd_hf import (
+    ExportMismatchError,
+    InputError,
+    QuantizationConfig,
+    build_model,
+    calibrate_model,
+    export_onnx,
+    list_quantizers,
+    quantize_model,
+    quantized_layers,
+    verify_export,
+)
+from sqakd_hf.export import verification
+from tests.conftest import IMAGE_SIZE, TinyConvNet, tiny_vit
+
+
+def noise(count=8, size=IMAGE_SIZE, seed=1):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def student_of(model, size=IMAGE_SIZE, **config):
+    """A calibrated student whose BatchNorms have slopes of both signs."""
+    generator = torch.Generator().manual_seed(2)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            with torch.no_grad():
+                module.weight.uniform_(-1.5, 1.5, generator=generator)
+                module.bias.normal_(0, 0.3, generator=generator)
+    model.train()(noise(size=size))
+    quantize_model(model, QuantizationConfig(**config))
+    calibrate_model(model, [noise(size=size)], disable_progress=True)
+    return model.eval()
+
+
+class EveryQuantizer(nn.Module):
+    """A convolution with BatchNorm and a linear layer for each registered quantizer, one after the other."""
+
+    num_classes = 4
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        names = [name.replace("+", "_plus") for name in list_quantizers()]
+        self.first = nn.Conv2d(3, 8, 3)
+        self.convs = nn.ModuleDict({name: nn.Conv2d(8, 8, 3, padding=1, bias=False) for name in names})
+        self.norms = nn.ModuleDict({name: nn.BatchNorm2d(8) for name in names})
+        self.linears = nn.ModuleDict({name: nn.Linear(8, 8) for name in names})
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, pixel_values):
+        x = self.first(pixel_values)
+        for number, name in enumerate(self.convs):
+            x = self.norms[name](self.convs[name](x))
+            x = x.relu() if number % 2 else x  # unsigned and signed inputs
+            x = self.linears[name](x.movedim(1, -1)).movedim(-1, 1)
+        return self.last(x.mean((2, 3)))
+
+
+def initialisers(path):
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+
+
+def operators(path):
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+def run(path, images, level="ORT_ENABLE_ALL"):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"pixel_values": images.numpy()})[0])
+
+
+class TestEveryQuantizer:
+    @pytest.mark.parametrize("bits", range(1, 9))
+    def test_computes_with_the_codes_of_the_student(self, bits, tmp_path):
+        overrides = {
+            f"{kind}.{name.replace('+', '_plus')}": {"quantizer": name}
+            for name in list_quantizers()
+            for kind in ("convs", "linears")
+        }
+        widths = {"weight_bits": bits, "activation_bits": bits, "first_last_bits": bits}
+        student = student_of(EveryQuantizer(), overrides=overrides, **widths)
+        for container in ("int8", "packed"):
+            path = tmp_path / f"{container}.onnx"
+            report = export_onnx(student, path, container, images=noise())
+            check = report.check
+            assert check.wrong_weights == [] and check.max_code_difference <= 1
+            assert sum(check.differing.values()) <= 3 and check.layer_logit_difference < 1e-4
+            names = {placement.name for placement in report.placements}
+            layers = quantized_layers(student)
+            assert names == set(layers) | {f"{name}.input_quantizer" for name in layers}
+            stored = initialisers(path)
+            for placement in report.placements:
+                if placement.kind == "weight":
+                    # Whole numbers alone: no float copy of the weight lies beside them.
+                    assert stored[placement.tensor].dtype.kind in "iu" or "int" in str(stored[placement.tensor].dtype)
+            weights = max(layer.stored_weight.numel() for layer in layers.values())
+            assert all(array.size < weights for array in stored.values() if array.dtype == np.float32)
+            assert "BatchNormalization" not in operators(path)
+
+
+class TestRanges:
+    def test_that_hold_no_zero_are_float_operations_and_named(self, tmp_path):
+        student = student_of(TinyConvNet(), quantizer="ewgs", weight_bits=3, integer_zero_point=False)
+        with torch.no_grad():  # as after training: the two ends are free
+            for layer in quantized_layers(student).values():
+                layer.weight_quantizer.upper *= 1.1
+                layer.input_quantizer.lower -= 0.013
+        report = export_onnx(student, tmp_path / "a.onnx", images=noise())
+        assert {placement.kind for placement in report.in_float} == {"weight", "activation"}
+        assert "integer_zero_point=False" in str(report) and "zero point of its own for each channel" in str(report)
+        assert sum(report.check.differing.values()) <= 3
+
+    @pytest.mark.parametrize("axis", [0, 1])
+    def test_of_weights_in_one(self, axis, tmp_path):
+        student = student_of(TinyConvNet(), per_channel=False, weight_bits=4)
+        assert export_onnx(student, tmp_path / "a.onnx", images=noise()).check.wrong_weights == []
+
+
+class Bounded(nn.Module):
+    """Quantizers behind what they can be moved in front of: bounds, pooling, concatenation."""
+
+    num_classes = 4
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
+        self.three, self.head = nn.Conv2d(10, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, pixel_values):
+        x = torch.cat([nn.functional.relu6(self.one(pixel_values)), self.two(pixel_values)], 1)
+        x = nn.functional.max_pool2d(x, 3, 2, 1)
+        return self.head(nn.functional.hardtanh(self.three(x), -0.5, 0.4).mean((2, 3)))
+
+
+class TestPlacement:
+    @pytest.mark.parametrize("bits", [2, 4, 8])
+    def test_quantizers_follow_what_computes_their_input(self, bits, tmp_path):
+        widths = {"weight_bits": bits, "activation_bits": bits, "first_last_bits": 8}
+        student = student_of(Bounded(), **widths)
+        path = tmp_path / "a.onnx"
+        report = export_onnx(student, path, images=noise())
+        assert sum(report.check.differing.values()) <= 3 and report.check.agreement == 1
+        graph = onnx.load(path).graph
+        producer = {output: node for node in graph.node for output in node.output}
+        before = [
+            producer[node.input[0]].op_type
+            for node in graph.node
+            if node.op_type == "QuantizeLinear" and node.input[0] in producer
+        ]
+        # Two convolutions in front of the concatenation; the mean in front of the head.
+        assert sorted(before) == ["Conv", "Conv", "ReduceMean"]
+        pool = next(node for node in graph.node if node.op_type == "MaxPool")
+        types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+        assert types[pool.output[0]] == onnx.TensorProto.UINT8
+
+    def test_a_value_that_others_use_keeps_its_bounds(self, tmp_path):
+        class Residual(nn.Module):
+            num_classes = 4
+
+            def __init__(self):
+                super().__init__()
+                torch.manual_seed(0)
+                self.one, self.two = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+                self.head = nn.Linear(6, 4)
+
+            def forward(self, pixel_values):
+                x = self.one(pixel_values).relu()
+                return self.head((x + self.two(x)).mean((2, 3)))
+
+        student = student_of(Residual(), weight_bits=4)
+        report = export_onnx(student, tmp_path / "a.onnx", images=noise())
+        assert sum(report.check.differing.values()) <= 3 and "Relu" in operators(tmp_path / "a.onnx")
+
+
+class TestBatchNorm:
+    def test_a_slope_of_zero_and_of_both_signs_folds(self, tmp_path):
+        student = student_of(TinyConvNet(), weight_bits=4)
+        with torch.no_grad():
+            student.stem[1].weight[:3] = torch.tensor([0.0, -2.0, 1.0])
+        report = export_onnx(student, tmp_path / "a.onnx", images=noise())
+        assert "BatchNormalization" not in operators(tmp_path / "a.onnx")
+        assert report.check.layer_logit_difference < 1e-4
+
+    def test_stays_where_an_integer_has_no_negative(self, tmp_path):
+        student = student_of(TinyConvNet(), weight_bits=8)
+        with torch.no_grad():
+            student.stem[0].weight[1, 0, 0, 0] = -1e3  # the code of -128
+            student.stem[1].weight[1] = -1.0
+        export_onnx(student, tmp_path / "a.onnx", images=noise())
+        assert operators(tmp_path / "a.onnx").count("BatchNormalization") == 1
+
+
+class TestFile:
+    @pytest.fixture(scope="class")
+    def exported(self, tmp_path_factory):
+        """timm's test_resnet at W2A2 and W4A4: students and their files."""
+        folder = tmp_path_factory.mktemp("export")
+        found = {}
+        for bits in (2, 4):
+            torch.manual_seed(0)
+            model = build_model("timm/test_resnet", 10, image_size=32)
+            student = student_of(model, 32, weight_bits=bits, activation_bits=bits)
+            paths = {container: folder / f"{container}{bits}.onnx" for container in ("int8", "packed")}
+            reports = {c: export_onnx(student, path, c, images=noise(size=32)) for c, path in paths.items()}
+            found[bits] = student, reports
+        return found
+
+    def test_passes_the_checker_and_takes_any_batch(self, exported):
+        student, reports = exported[4]
+        path = reports["int8"].path
+        onnx.checker.check_model(onnx.load(path), full_check=True)
+        for count in (1, 5):
+            images = noise(count, 32, seed=count)
+            with torch.no_grad():
+                torch.testing.assert_close(
+                    run(path, images, "ORT_DISABLE_ALL"), student(images).logits, rtol=1e-3, atol=1e-3
+                )
+
+    def test_has_one_byte_for_each_weight_or_the_narrowest_type(self, exported, tmp_path):
+        for bits, (student, reports) in exported.items():
+            weights = sum(layer.stored_weight.numel() for layer in quantized_layers(student).values())
+            others = 16 * sum(p.numel() for p in student.parameters() if p.dim() < 2)  # scales, biases
+            # What a graph itself takes is little beside the weights of a network that is used.
+            assert reports["int8"].file_bytes < 1.05 * weights + others + 30_000
+            first_and_last = [
+                layer for layer in quantized_layers(student).values() if layer.weight_quantizer.bits == 8
+            ]
+            wide = sum(layer.stored_weight.numel() for layer in first_and_last)
+            packed = (weights - wide) * bits / 8 + wide
+            assert packed < reports["packed"].file_bytes < packed + others + 30_000
+            assert reports["packed"].opset == (25 if bits == 2 else 21)
+
+    def test_tells_what_it_is(self, exported):
+        facts = {entry.key: entry.value for entry in onnx.load(exported[2][1]["int8"].path).metadata_props}
+        assert json.loads(facts["sqakd.preprocessing"])["image_size"] == 32
+        assert len(json.loads(facts["sqakd.labels"])) == 10
+        assert facts["sqakd.container"] == "int8"
+        assert set(json.loads(facts["sqakd.versions"])) == {"sqakd_hf", "torch", "transformers", "timm"}
+        assert json.loads(facts["sqakd.quantization"])["weight_bits"] == 2
+
+    def test_optimised_it_names_the_same_classes(self, exported):
+        for student, reports in exported.values():
+            images = noise(64, 32, seed=9)
+            with torch.no_grad():
+                expected = student(images).logits.argmax(1)
+            for report in reports.values():
+                assert (run(report.path, images).argmax(1) == expected).float().mean() > 0.95
+
+    def test_a_changed_file_is_found_out(self, exported, tmp_path):
+        student, reports = exported[4]
+        images = noise(size=32)
+        assert not verify_export(student, reports["int8"].path, images).wrong_weights
+        proto = onnx.load(reports["int8"].path)
+        placement = next(p for p in reports["int8"].placements if p.kind == "weight" and p.levels == 16)
+        tensor = next(t for t in proto.graph.initializer if t.name == placement.tensor)
+        values = numpy_helper.to_array(tensor).copy()
+        values.flat[7] += 1
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+        onnx.save(proto, tmp_path / "changed.onnx")
+        check = verify_export(student, tmp_path / "changed.onnx", images)
+        assert check.wrong_weights == [placement.name]
+        with pytest.raises(ExportMismatchError, match="stored weights 1"):
+            check.require()
+
+    def test_a_changed_range_is_found_out(self, exported, tmp_path):
+        student, reports = exported[4]
+        proto = onnx.load(reports["int8"].path)
+        quantizer = next(p.name for p in reports["int8"].placements if p.kind == "activation" and p.levels == 16)
+        tensor = next(t for t in proto.graph.initializer if t.name == f"{quantizer}.scale")
+        tensor.CopyFrom(numpy_helper.from_array(1.1 * numpy_helper.to_array(tensor), tensor.name))
+        onnx.save(proto, tmp_path / "changed.onnx")
+        check = verify_export(student, tmp_path / "changed.onnx", noise(size=32))
+        assert check.differing[quantizer] > 100
+        with pytest.raises(ExportMismatchError, match="share of differing codes"):
+            check.require()
+
+    def test_of_another_student_is_refused(self, exported, tmp_path):
+        other = student_of(TinyConvNet())
+        with pytest.raises(InputError, match="it is of another one"):
+            verify_export(other, exported[4][1]["int8"].path, noise())
+        proto = onnx.load(exported[4][1]["int8"].path)
+        del proto.metadata_props[:]
+        onnx.save(proto, tmp_path / "plain.onnx")
+        with pytest.raises(InputError, match="was not written by export_onnx"):
+            verify_export(other, tmp_path / "plain.onnx", noise())
+
+
+class TestModels:
+    def test_attention_and_a_model_of_transformers(self, tmp_path):
+        student = student_of(tiny_vit(), weight_bits=4, activation_bits=4, attention_bits=8)
+        report = export_onnx(student, tmp_path / "a.onnx", images=noise())
+        assert sum("attention_quantizers" in placement.name for placement in report.placements) == 8
+        assert report.in_float == () and sum(report.check.differing.values()) <= 3
+
+    def test_a_saved_student_by_its_folder(self, tmp_path):
+        student = student_of(tiny_vit(), weight_bits=2)
+        student.save_pretrained(tmp_path / "student")
+        report = export_onnx(str(tmp_path / "student"), tmp_path / "a.onnx")
+        assert not verify_export(student, report.path, noise()).wrong_weights
+
+    def test_images_of_any_size(self, tmp_path):
+        student = student_of(TinyConvNet())
+        export_onnx(student, tmp_path / "a.onnx", images=noise(), dynamic_image_size=True)
+        images = noise(2, 24)
+        with torch.no_grad():
+            torch.testing.assert_close(run(tmp_path / "a.onnx", images, "ORT_DISABLE_ALL"), student(images))
+
+
+class TestErrors:
+    def test_leave_no_file(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(verification, "MAX_LOGIT_DIFFERENCE", -1.0)
+        with pytest.raises(ExportMismatchError, match="relative difference of logits"):
+            export_onnx(student_of(TinyConvNet()), tmp_path / "a.onnx", images=noise())
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda s, f: export_onnx(s, f / "none" / "a.onnx"), "does not exist: make it"),
+            (
+                lambda s, f: export_onnx(s, f / "a.onnx", "int4"),
+                "container must be one of 'int8', 'packed', got 'int4'",
+            ),
+            (lambda s, f: export_onnx(TinyConvNet(), f / "a.onnx"), "The model is not quantized"),
+            (lambda s, f: export_onnx(s, f / "a.onnx", images=noise(size=15)), "can't be exported at"),
+        ],
+    )
+    def test_say_what_to_do(self, change, message, tmp_path):
+        student = student_of(tiny_vit())
+        with pytest.raises(InputError, match=message):
+            change(student, tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_no_ranges(self, tmp_path):
+        model = TinyConvNet()
+        quantize_model(model)
+        with pytest.raises(InputError, match="has no ranges yet"):
+            export_onnx(model, tmp_path / "a.onnx")
+
+    def test_a_missing_package_is_named(self):
+        code = (
+            "import sys; sys.modules['onnxruntime'] = None\n"
+            "import sqakd_hf\n"
+            "try:\n    sqakd_hf.export_onnx\nexcept sqakd_hf.InputError as error:\n    print(error)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert "needs the package 'onnxruntime'" in done.stdout and "pip install sqakd-hf[onnx]" in done.stdout
