@@ -1,56 +1,152 @@
-"""Time of inference in PyTorch: the float model, the student as it was trained, and the student dequantized.
+"""Time of inference: the float network and the student, in PyTorch and in the engines that run exported files.
 
+    pip install -e ".[onnx,openvino]"
     python benchmarks/inference.py
 
-A student simulates its integers in float: PyTorch gains nothing by it, and this is what it costs. Dequantized, it is
-the float network with quantized weights (and unquantized activations). All variants run in one process, one batch
-each in turn, one thread, in eval mode and without gradients; the ratio is the median over the rounds.
+A student simulates its integers in float: PyTorch gains nothing by it. `export_onnx` writes them as integers, which
+ONNX Runtime and OpenVINO compute with. All variants of a network run in one process in turn, five batches each, on
+`--threads` threads; a speed-up is the median over the rounds of eager float32 PyTorch's time by the variant's.
+Students are calibrated on noise, not trained: times do not depend on that.
 """
 
 import argparse
 import copy
 import functools
+import importlib.util
+import tempfile
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
 
+import onnxruntime
 import torch
 from measure import begin, interleaved, parser_of_steps, ratios
-from train_step import FLOAT, NETWORKS, student_of
+from torch import nn
 
-from sqakd_hf import build_model
+from sqakd_hf import QuantizationConfig, build_model, calibrate_model, export_onnx, quantize_model
 from sqakd_hf.convert import dequantize_model
 
 
-BATCHES = (1, 32)
-SIZE = 224
+NETWORKS = {
+    "ResNet-18": "timm/resnet18",
+    "ViT-tiny": "timm/vit_tiny_patch16_224",
+    "MobileNetV2": "timm/mobilenetv2_100",
+    "EfficientNet-Lite0": "timm/tf_efficientnet_lite0",
+    "ResNet-20": "timm/resnet20_cifar",
+}
+SIZES = {"ResNet-20": 32}
+WIDTHS = (8, 4)
+REPEATS = 5  # so that most runs find their weights in the caches, as where one model runs
+FLOAT = "PyTorch, float32"
+Run = Callable[[], object]
 
 
 def main() -> None:
-    options = parser_of_steps(__doc__, list(NETWORKS)).parse_args()
+    parser = parser_of_steps(__doc__, list(NETWORKS))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
+    options = parser.parse_args()
     begin(options)
-    print("\nLSQ W4A4\n\n| network | batch | float32 ms | student / float | dequantized / float |")
-    print("|---|---|---|---|---|", flush=True)
+    engines = ["onnxruntime"] + ["openvino"] * bool(importlib.util.find_spec("openvino"))
+    print(", ".join(f"{name} {version(name)}" for name in engines))
     for name in options.networks:
-        for batch in BATCHES:
+        for batch in options.batches:
             measure(name, batch, options)
 
 
 def measure(name: str, batch: int, options: argparse.Namespace) -> None:
-    """Print the row of one network and batch."""
+    """Print the table of one network and batch."""
     torch.manual_seed(0)
-    size = SIZE if "32 px" not in name else 32  # a network for small images
-    images = torch.randn(batch, 3, size, size, device=options.device)
-    model = build_model(NETWORKS[name][0], 100, image_size=size).timm_model.to(options.device)
-    student = student_of(model, torch.randn(4, 3, size, size, device=options.device), "lsq", 4).eval()
-    plain = copy.deepcopy(student)
-    dequantize_model(plain)
-    variants = {FLOAT: model.eval(), "student": student, "dequantized": plain}
-    with torch.inference_mode(), torch.autocast(torch.device(options.device).type, torch.bfloat16, options.bf16):
-        steps = {row: functools.partial(variant, images) for row, variant in variants.items()}
-        seconds = interleaved(steps, options.rounds, options.device)
-    cells = [f"{1000 * sum(seconds[FLOAT]) / options.rounds:.0f}"]
-    for row in ("student", "dequantized"):
-        median, spread = ratios(seconds[row], seconds[FLOAT])
-        cells.append(f"{median:.2f} ± {spread:.2f}")
-    print(f"| {name.split(' ')[0]} {size} px | {batch} | {' | '.join(cells)} |", flush=True)
+    size = SIZES.get(name, 224)
+    images = torch.randn(batch, 3, size, size)
+    model = build_model(NETWORKS[name], 100, image_size=size)
+    model.train()(torch.randn(8, 3, size, size))  # BatchNorm's statistics
+    model.eval()
+    variants: dict[str, Run] = {FLOAT: functools.partial(model, images)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "float.onnx"
+        export_float(model, images, path)
+        variants |= engines_of(path, images, "float32", options.threads)
+        for bits in WIDTHS:
+            student = student_of(model, size, bits)
+            if bits == WIDTHS[-1]:
+                plain = copy.deepcopy(student)
+                dequantize_model(plain)
+                variants[f"PyTorch, student W{bits}A{bits}"] = functools.partial(student, images)
+                variants[f"PyTorch, dequantized W{bits}"] = functools.partial(plain, images)
+            path = Path(folder) / f"{bits}.onnx"
+            export_onnx(student, path, image_size=size, verify=False)
+            variants |= engines_of(path, images, f"W{bits}A{bits} in int8", options.threads)
+        with torch.inference_mode():
+            seconds = interleaved(
+                {name: functools.partial(repeat, run) for name, run in variants.items()}, options.rounds
+            )
+    milliseconds = 1000 * sum(seconds[FLOAT]) / options.rounds / REPEATS
+    print(f"\n{name}, {size} px, batch {batch}: float32 in PyTorch {milliseconds:.1f} ms\n\n| | speed-up |\n|---|---|")
+    for variant in list(variants)[1:]:
+        median, spread = ratios(seconds[FLOAT], seconds[variant])
+        print(f"| {variant} | {median:.2f} ± {spread:.2f} |", flush=True)
+
+
+def repeat(run: Run) -> None:
+    """Run one batch several times."""
+    for _ in range(REPEATS):
+        run()
+
+
+def student_of(model: nn.Module, size: int, bits: int) -> nn.Module:
+    """Return a calibrated student in eval mode."""
+    student = copy.deepcopy(model)
+    quantize_model(student, QuantizationConfig("lsq", weight_bits=bits, activation_bits=bits))
+    calibrate_model(student, [torch.randn(8, 3, size, size)], disable_progress=True)
+    return student.eval()
+
+
+class Logits(nn.Module):
+    """The model's logits alone, for the exporter."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values=pixel_values).logits
+
+
+def export_float(model: nn.Module, images: torch.Tensor, path: Path) -> None:
+    """Write the float network as the students are written."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        example = images[:1].repeat(2, 1, 1, 1)
+        shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1)}}
+        torch.onnx.export(
+            Logits(model),
+            (example,),
+            path,
+            dynamo=True,
+            input_names=["pixel_values"],
+            dynamic_shapes=shapes,
+            verbose=False,
+        )
+
+
+def engines_of(path: Path, images: torch.Tensor, what: str, threads: int) -> dict[str, Run]:
+    """Return what runs a file in each engine that is installed."""
+    pixels = images.numpy()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    runs: dict[str, Run] = {f"ONNX Runtime, {what}": lambda: session.run(None, {"pixel_values": pixels})}
+    if importlib.util.find_spec("openvino"):
+        import openvino
+
+        core = openvino.Core()
+        hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        if what == "float32":
+            hints["INFERENCE_PRECISION_HINT"] = "f32"  # else it computes in bfloat16 where the processor can
+        request = core.compile_model(core.read_model(path), "CPU", hints).create_infer_request()
+        runs[f"OpenVINO, {what}"] = lambda: request.infer({0: pixels})
+    return runs
 
 
 if __name__ == "__main__":

@@ -107,6 +107,10 @@ class QuantizationArguments:
     attention_bits: str = field(
         default="none", metadata={"help": "1 to 8 for q, k, v and softmax outputs, or none for float"}
     )
+    residual_bits: str = field(
+        default="none",
+        metadata={"help": "1 to 8 for what residual connections of convolutions add, or none for float"},
+    )
     per_channel: bool = field(default=True, metadata={"help": "one weight range per output channel"})
     integer_zero_point: bool = field(default=True, metadata={"help": "keep zero exactly on the activations' grid"})
     overrides: str = field(default="{}", metadata={"help": 'JSON: {"layer4": {"weight_bits": 4}}'})
@@ -115,7 +119,7 @@ class QuantizationArguments:
 
     def to_config(self) -> QuantizationConfig:
         options = asdict(self)
-        for name in ("weight_bits", "activation_bits", "first_last_bits", "attention_bits"):
+        for name in ("weight_bits", "activation_bits", "first_last_bits", "attention_bits", "residual_bits"):
             text = options[name]
             options[name] = None if text.lower() == "none" else int(text) if text.isdecimal() else text
         for name in ("overrides", "quantizer_kwargs"):

@@ -43,6 +43,9 @@ class QuantizationConfig(QuantizationConfigMixin):
             activations; `None` leaves both in full precision, as the paper does.
         attention_bits (`int`, *optional*): Bits of the operands of attention's products: queries, keys, values and
             the softmax's output. `None`, the default, leaves them in float. Needs `"sdpa"` or `"eager"` attention.
+        residual_bits (`int`, *optional*): Bits of the feature maps that residual connections of convolutional networks
+            add. `None`, the default, leaves them in float, as the papers do; engines without integer convolutions
+            that put out floats (ONNX Runtime) want 8.
         overrides (`dict[str, dict]`, *optional*): Pattern → any of `quantizer`, `weight_bits`, `activation_bits`,
             `per_channel`, `integer_zero_point`, `quantizer_kwargs` for the layers that match, and `attention_bits`
             for attention modules. Also overrules
@@ -69,6 +72,7 @@ class QuantizationConfig(QuantizationConfigMixin):
     per_channel: bool = True
     first_last_bits: int | None = 8
     attention_bits: int | None = None
+    residual_bits: int | None = field(default=None, kw_only=True)
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     modules_to_not_convert: list[str] = field(default_factory=list)
     quantizer_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -87,6 +91,8 @@ class QuantizationConfig(QuantizationConfigMixin):
             check_bits(self.first_last_bits, "first_last_bits (None leaves both layers in full precision)")
         if self.attention_bits is not None:
             check_bits(self.attention_bits, "attention_bits (None leaves attention's products in float)")
+        if self.residual_bits is not None:
+            check_bits(self.residual_bits, "residual_bits (None leaves residual connections in float)")
         if isinstance(self.modules_to_not_convert, str) or not isinstance(self.modules_to_not_convert, Iterable):
             raise InputError(f"modules_to_not_convert must be a list of names, got {self.modules_to_not_convert!r}.")
         self.modules_to_not_convert = list(self.modules_to_not_convert)

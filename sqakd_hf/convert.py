@@ -53,7 +53,7 @@ def quantize_model(
     plan = plan_quantization(model, config, images)
     apply_plan(model, plan)
     config.record(model)
-    lines = (*plan.layers, *plan.others, *plan.attention)
+    lines = (*plan.layers, *plan.others, *plan.attention, *plan.residuals)
     left = [f"{line.name} ({line.skipped})" for line in lines if line.skipped not in (None, *ASKED_FOR)]
     if left:
         logger.warning("Left in float: %s.", ", ".join(left))
@@ -71,9 +71,14 @@ def apply_plan(model: nn.Module, plan: QuantizationPlan) -> None:
         for line in plan.attention
         if line.skipped is None
     }
+    outputs = {
+        line.name: _activation_quantizer(line).to(device_of(model)) for line in plan.residuals if line.skipped is None
+    }
     _replace([*model.modules(), *twins.values()], twins)
     for name, module_quantizers in attention.items():
         intercept(model.get_submodule(name), attention_quantizers=module_quantizers)
+    for name, quantizer in outputs.items():
+        intercept(model.get_submodule(name), output_quantizer=quantizer)
     for layer in plan.quantized:
         if layer.bypassed:
             parent, _, child = layer.name.rpartition(".")
@@ -317,6 +322,8 @@ def _what(model: nn.Module, quantizer: str) -> str:
     owner, _, kind = quantizer.rpartition(".")
     if kind == "input_quantizer":
         return f"the input of layer {owner!r}"
+    if kind == "output_quantizer":
+        return f"the output of {owner!r}"
     return f"the {kind.removesuffix('_quantizer')} of attention {owner.rpartition('.')[0]!r}"
 
 

@@ -139,6 +139,11 @@ class SQAKDHfQuantizer(HfQuantizer):
             for line in model.quantization_plan.attention
             if line.skipped is None and not is_calibrated(model.get_submodule(line.name).attention_quantizers)
         ]
+        missing += [
+            line.name
+            for line in model.quantization_plan.residuals
+            if line.skipped is None and not model.get_submodule(line.name).output_quantizer.calibrated
+        ]
         if self.pre_quantized and missing:
             raise InputError(
                 f"The checkpoint {model.config._name_or_path!r} says it is quantized but lacks the ranges of "

@@ -1,4 +1,4 @@
-"""Quantization inside a module's own forward: attention products, and weights it applies without calling their layer.
+"""Quantization inside a module's own forward: attention products, weights applied without their layer, outputs.
 
 Such modules keep their code. While it runs, a [`TorchFunctionMode`] hands the functions it calls quantized operands.
 """
@@ -19,6 +19,7 @@ from .quantizers import FakeQuantizer
 
 # Functions that apply a weight to an input: `function(input, weight, ...)`.
 WEIGHTED = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+ADDITIONS = {torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__iadd__}
 SOFTMAX = {F.softmax, torch.softmax, torch.Tensor.softmax}
 PRODUCTS = {torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.__matmul__, torch.einsum}
 
@@ -49,8 +50,13 @@ class InterceptedModule(nn.Module):
     float_class: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output_quantizer = self._modules.get("output_quantizer")
+        if not self.bypassed_layers and "attention_quantizers" not in self._modules:
+            return output_quantizer(super().forward(*args, **kwargs))
         with _Interceptor(self) as interceptor:
             output = super().forward(*args, **kwargs)
+        if output_quantizer is not None:
+            output = output_quantizer(output)
         if interceptor.quantizers is not None and not interceptor.met_attention:
             raise InputError(
                 f"{self.float_class.__name__} was quantized, but now computes attention by a function that can't be. "
@@ -64,26 +70,33 @@ class InterceptedModule(nn.Module):
 
 
 def intercept(
-    module: nn.Module, bypassed: Iterable[str] = (), attention_quantizers: AttentionQuantizers | None = None
+    module: nn.Module,
+    bypassed: Iterable[str] = (),
+    attention_quantizers: AttentionQuantizers | None = None,
+    output_quantizer: FakeQuantizer | None = None,
 ) -> None:
-    """Make `module` quantize inside its own forward, in place.
+    """Make `module` quantize inside its own forward, or what that returns, in place.
 
     Args:
         module (`nn.Module`): The module; its class becomes a subclass that intercepts.
         bypassed (`list[str]`): Names of children, quantized layers, whose weight the module applies itself.
         attention_quantizers (`AttentionQuantizers`, *optional*): Applied to the operands of its attention.
+        output_quantizer (`FakeQuantizer`, *optional*): Applied to its output, one tensor.
     """
     if not isinstance(module, InterceptedModule):
         module.__class__ = _intercepted(type(module))
     module.bypassed_layers = (*module.bypassed_layers, *bypassed)
     if attention_quantizers is not None:
         module.attention_quantizers = attention_quantizers
+    if output_quantizer is not None:
+        module.output_quantizer = output_quantizer
 
 
 def release(module: InterceptedModule) -> None:
     """Undo [`intercept`], in place."""
     module.__class__ = module.float_class
-    module._modules.pop("attention_quantizers", None)
+    for name in ("attention_quantizers", "output_quantizer"):
+        module._modules.pop(name, None)
     vars(module).pop("bypassed_layers", None)
 
 

@@ -36,6 +36,7 @@ class Manifest:
         base_model (`str`, *optional*): Hub id of the full-precision model.
         attention (`dict`): Module that computes attention → its line of the plan.
         others (`dict`): Module that multiplies by matrices of its own → its line of the plan, in float.
+        residuals (`dict`): Module whose output a residual connection adds → its line of the plan.
     """
 
     format: str
@@ -44,6 +45,7 @@ class Manifest:
     base_model: str | None = None
     attention: dict[str, dict[str, Any]] = field(default_factory=dict)
     others: dict[str, dict[str, Any]] = field(default_factory=dict)
+    residuals: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def describe(
@@ -59,7 +61,8 @@ class Manifest:
         attention = {line.name: _entry(line) for line in plan.attention}
         tensors = {name: checksum(tensor) for name, tensor in state_dict.items()}
         others = {line.name: {**_entry(line), "num_weights": line.num_weights} for line in plan.others}
-        return cls(format, layers, tensors, base_model, attention, others)
+        residuals = {line.name: _entry(line) for line in plan.residuals}
+        return cls(format, layers, tensors, base_model, attention, others, residuals)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready data, with a checksum of its own."""
@@ -73,19 +76,21 @@ class Manifest:
             `InputError`: Naming the file `where` and the field that is not as it was written.
         """
         where = f"{where}: quantization_config.stored"
-        expected = {"format", "layers", "attention", "others", "tensors", "base_model", "checksum"}
-        if set(data) | {"attention", "others"} != expected:
+        later = {"attention", "others", "residuals"}  # the first files of this format have none of these tables
+        expected = {"format", "layers", "tensors", "base_model", "checksum"} | later
+        if set(data) | later != expected:
             raise InputError(f"{where} must have the fields {quote(sorted(expected))}, got {quote(sorted(data))}.")
         if data["format"] not in FORMATS:
             raise InputError(f"{where}.format must be {' or '.join(map(repr, FORMATS))}, got {data['format']!r}.")
         body = {key: value for key, value in data.items() if key != "checksum"}
-        for name in ("layers", "attention", "others", "tensors"):
+        for name in ("layers", *sorted(later), "tensors"):
             if not isinstance(data.get(name, {}), dict):
                 raise InputError(f"{where}.{name} must be an object, got {data[name]!r}.")
         for name, entry in data["layers"].items():
             _check_entry(entry, f"{where}.layers[{name!r}]", _ENTRY_FIELDS)
-        for name, entry in data.get("attention", {}).items():
-            _check_entry(entry, f"{where}.attention[{name!r}]", _ENTRY_FIELDS - {"weight_shape"})
+        for table in ("attention", "residuals"):
+            for name, entry in data.get(table, {}).items():
+                _check_entry(entry, f"{where}.{table}[{name!r}]", _ENTRY_FIELDS - {"weight_shape"})
         for name, entry in data.get("others", {}).items():
             _check_entry(entry, f"{where}.others[{name!r}]", _ENTRY_FIELDS - {"weight_shape"} | {"num_weights"})
             if type(entry["num_weights"]) is not int or entry["num_weights"] < 0:
@@ -132,7 +137,7 @@ class Manifest:
             values = {key: value for key, value in entry.items() if key != "weight_shape"}
             layers.append(LayerPlan(name=name, num_weights=weight_of(module).numel(), **values))
         parts = [layers]
-        for table in (self.attention, self.others):
+        for table in (self.attention, self.others, self.residuals):
             named = ((self._name_in(modules, stored_name, prefix), entry) for stored_name, entry in table.items())
             parts.append(
                 [LayerPlan(**{"num_weights": 0, **entry}, name=name) for name, entry in named if name is not None]

@@ -34,7 +34,8 @@ class LayerPlan:
     multiply-accumulates for one image, `None` where the model did not run on an example. `bypassed` layers are those
     whose weight their parent module applies itself. `reads_images` layers meet the image before any other layer does.
 
-    A module that computes attention has a line too: no weights, and in `activation_bits` those of its operands.
+    A module that computes attention has a line too: no weights, and in `activation_bits` those of its operands. So has
+    a module whose output is added by a residual connection: in `activation_bits` those of that output.
     """
 
     name: str
@@ -105,11 +106,13 @@ class QuantizationPlan:
 
     `attention` has a line for each module that multiplies activations by each other, `others` one for each that
     multiplies by matrices of its own without being a layer with a quantized form: recurrent networks, bare parameters.
+    `residuals` has one for each module whose output a residual connection adds, where that is quantized.
     """
 
     layers: tuple[LayerPlan, ...]
     attention: tuple[LayerPlan, ...] = ()
     others: tuple[LayerPlan, ...] = ()
+    residuals: tuple[LayerPlan, ...] = ()
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
@@ -160,11 +163,12 @@ class QuantizationPlan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON-ready data: `layers`, `attention`, `others` and `coverage`."""
+        """Return the plan as JSON-ready data: `layers`, `attention`, `others`, `residuals` and `coverage`."""
         return {
             "layers": [asdict(layer) for layer in self.layers],
             "attention": [asdict(line) for line in self.attention],
             "others": [asdict(line) for line in self.others],
+            "residuals": [asdict(line) for line in self.residuals],
             "coverage": asdict(self.coverage()),
         }
 
@@ -181,15 +185,18 @@ class QuantizationPlan:
             parts.append(f"{len(self.skipped)} in float")
         attention = Counter(line.activation_bits for line in self.attention if line.skipped is None)
         parts += [f"attention of {count} at A{bits}" for bits, count in attention.most_common()]
+        residuals = Counter(line.activation_bits for line in self.residuals if line.skipped is None)
+        parts += [f"{count} residual feature maps at A{bits}" for bits, count in residuals.most_common()]
         return f"{len(self.layers) + len(self.others)} layers: {', '.join(parts)}"
 
     def __str__(self) -> str:
         rows = [("layer", "type", "weights", "MACs", "bits", "quantizer", "weight ranges", "input")]
-        for layer in (*self.layers, *self.others, *self.attention):
+        for layer in (*self.layers, *self.others, *self.attention, *self.residuals):
             if layer.skipped is not None:
                 end = ("float", f"({layer.skipped})", "", "")
             elif layer.weight_bits is None:
-                end = (f"A{layer.activation_bits}", layer.quantizer, "", "q, k, v and softmax")
+                what = "output, added" if layer in self.residuals else "q, k, v and softmax"
+                end = (f"A{layer.activation_bits}", layer.quantizer, "", what)
             else:
                 ranges = "per channel" if layer.per_channel else "per tensor"
                 end = (bits_of(layer), layer.quantizer, ranges, _INPUT[layer.activation_bits and layer.signed_input])
@@ -258,7 +265,9 @@ def plan_quantization(
     attention = {} if trace is None else trace.attention
     names = list(candidates)
     others = [] if trace is None else list(trace.others)
-    check_patterns(config.modules_to_not_convert, [*names, *attention, *others], "modules_to_not_convert")
+    residuals = {} if trace is None or config.residual_bits is None else trace.residuals
+    known = [*names, *attention, *others, *residuals]
+    check_patterns(config.modules_to_not_convert, known, "modules_to_not_convert")
     check_patterns(list(config.overrides), [*names, *attention], "overrides")
     by_attention = [pattern for pattern, options in config.overrides.items() if "attention_bits" in options]
     check_patterns(by_attention, list(attention), "overrides with attention_bits")
@@ -296,6 +305,15 @@ def plan_quantization(
         )
         for name, (weights, macs) in ({} if trace is None else trace.others).items()
     )
+    outputs = tuple(
+        _plan_residual(name, type(model.get_submodule(name)).__name__, config, reason)
+        for name, reason in residuals.items()
+    )
+    if config.residual_bits is not None and not any(line.skipped is None for line in outputs):
+        raise InputError(
+            f"residual_bits is set, but no addition of convolutions' feature maps was found in {type(model).__name__}"
+            + (", which does not run on noise: pass example images." if trace is None else ".")
+        )
     wants_attention = config.attention_bits is not None or any(
         options.get("attention_bits") is not None for options in config.overrides.values()
     )
@@ -305,7 +323,7 @@ def plan_quantization(
             + (", which does not run on noise: pass example images." if trace is None else ".")
             + " Transformers models need attn_implementation='sdpa' or 'eager'."
         )
-    plan = QuantizationPlan(layers, lines, others)
+    plan = QuantizationPlan(layers, lines, others, outputs)
     if not plan.quantized and not any(line.skipped is None for line in lines):
         reasons = Counter(line.skipped for line in plan.skipped)
         raise InputError(
@@ -445,6 +463,19 @@ def _plan_attention(
     return LayerPlan(
         **base,
         activation_bits=options["attention_bits"],
+        **{key: options[key] for key in ("quantizer", "integer_zero_point", "quantizer_kwargs")},
+    )
+
+
+def _plan_residual(name: str, layer_type: str, config: QuantizationConfig, reason: str | None) -> LayerPlan:
+    base = {"name": name, "layer_type": layer_type, "num_weights": 0}
+    reason = NOT_CONVERTED if _excluded(name, config) else reason
+    if reason is not None:
+        return LayerPlan(**base, skipped=reason)
+    options = config.layer_options()
+    return LayerPlan(
+        **base,
+        activation_bits=config.residual_bits,
         **{key: options[key] for key in ("quantizer", "integer_zero_point", "quantizer_kwargs")},
     )
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .errors import InputError, first_line
-from .interception import PRODUCTS, SOFTMAX, WEIGHTED, input_and_weight
+from .interception import ADDITIONS, PRODUCTS, SOFTMAX, WEIGHTED, input_and_weight
 from .layers import QuantizedLayer, quantized_class, weight_of
 from .outputs import run_model
 
@@ -35,6 +35,9 @@ class Trace:
         attention (`dict[str, str | None]`): Module that multiplies activations by each other → `None` where that is
             attention whose operands can be told apart, or why not.
         attention_macs (`dict[str, int]`): Module → multiply-accumulates of its products of activations.
+        residuals (`dict[str, str | None]`): Module that puts out a feature map of convolutions which is added to
+            another one, or is such a sum and goes into a layer → `None`; or a module that adds what no module of its
+            own puts out → that reason.
         others (`dict[str, tuple[int, int]]`): Module that multiplies by matrices of its own without being a layer
             (recurrent networks, bare parameters) → elements of these matrices, multiply-accumulates.
     """
@@ -46,6 +49,7 @@ class Trace:
     misused: dict[str, str] = field(default_factory=dict)
     attention: dict[str, str | None] = field(default_factory=dict)
     attention_macs: dict[str, int] = field(default_factory=dict)
+    residuals: dict[str, str | None] = field(default_factory=dict)
     others: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -152,6 +156,8 @@ class _Watcher(TorchFunctionMode):
         self.products: dict[str, list[str]] = {}
         self.within: dict[str, list[str]] = {}  # the same, of the modules inside as well
         self.reached: dict[str, set[str]] = {}
+        self.calls: dict[str, int] = {}
+        self.added: list[tuple[str, list[str]]] = []  # module that adds → those that put the operand out, inner first
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -168,8 +174,12 @@ class _Watcher(TorchFunctionMode):
     def _enter(self, name: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self.active.append(name)
+            self.calls[name] = self.calls.get(name, 0) + 1
             if name in self.layers:
                 self._reach(name, [args, kwargs])
+                for tensor in _tensors([args, kwargs]):
+                    if getattr(tensor, "_sqakd_sum", False):
+                        self.added.append(("", list(_returned_by(tensor))))
 
         return hook
 
@@ -178,6 +188,8 @@ class _Watcher(TorchFunctionMode):
             self.active.pop()
             if name in self.layers:
                 self._ran(name, [*args, *kwargs.values()], output)
+            if name and isinstance(output, torch.Tensor):
+                output._sqakd_returned_by = [*_returned_by(output), name]
 
         return hook
 
@@ -198,6 +210,7 @@ class _Watcher(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        is_residual = func in ADDITIONS and self._watch_addition(args)
         output = func(*args, **kwargs)
         outputs = _tensors(output)
         if not outputs and not _tensors(args):
@@ -211,11 +224,29 @@ class _Watcher(TorchFunctionMode):
                 sources = self._foreign_use(layer, func, args, kwargs, outputs, sources)
         self._watch_weights(func, name, args, kwargs, inputs, outputs)
         self._watch_products(func, args, inputs, outputs)
+        for tensor in outputs:
+            if not isinstance(tensor, nn.Parameter):
+                # An activation of a sum is still what the next layer and the next addition take.
+                same = len(inputs) == 1 and inputs[0].shape == tensor.shape
+                tensor._sqakd_sum = is_residual or (same and getattr(inputs[0], "_sqakd_sum", False))
+                tensor._sqakd_returned_by = []
         changed = [*outputs, args[0]] if name == "__setitem__" and isinstance(args[0], torch.Tensor) else outputs
         for tensor in changed:
             if not isinstance(tensor, nn.Parameter):
                 _set_sources(tensor, sources)
         return output
+
+    def _watch_addition(self, args: tuple) -> bool:
+        """Note what put out the operands of an addition, and tell whether both are feature maps of convolutions."""
+        operands = _tensors(args)
+        if len(operands) != 2 or any(x.dim() != 4 or x.shape != operands[0].shape for x in operands):
+            return False
+        sources = [self.layers.get(name) for x in operands for name in _sources(x)]
+        if not sources or any(layer is None or weight_of(layer).dim() != 4 for layer in sources):
+            return False
+        user = self.active[-1] if self.active else ""
+        self.added += [(user, list(_returned_by(x))) for x in operands]
+        return True
 
     def _foreign_use(
         self, layer: str, func, args: tuple, kwargs: dict, outputs: list, sources: frozenset
@@ -318,6 +349,14 @@ class _Watcher(TorchFunctionMode):
         for counts in (trace.macs, trace.attention_macs):
             counts.update({name: count // images for name, count in counts.items()})
         trace.others = {name: (sum(used.values()), self.used_macs[name] // images) for name, used in self.used.items()}
+        for user, modules in self.added:
+            # A module that is called several times (a shared activation) puts out other things as well.
+            once = [name for name in modules if self.calls[name] == 1]
+            if once:
+                named = (name for name in once if not isinstance(self.model.get_submodule(name), nn.Identity))
+                trace.residuals[next(named, once[0])] = None
+            elif user:
+                trace.residuals.setdefault(user, "it adds what is the output of no module of its own")
         trace.attention = {
             name: self._why_not_attention(name)
             for name, products in self.products.items()
@@ -356,6 +395,10 @@ def _contracted(func, args: tuple, operands: list[torch.Tensor]) -> int:
 
 def _sources(tensor: torch.Tensor) -> frozenset[str]:
     return getattr(tensor, "_sqakd_sources", frozenset())
+
+
+def _returned_by(tensor: torch.Tensor) -> list[str]:
+    return getattr(tensor, "_sqakd_returned_by", [])
 
 
 def _set_sources(tensor: torch.Tensor, sources: frozenset[str]) -> None:

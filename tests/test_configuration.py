@@ -249,6 +249,8 @@ CONFIGS = st.builds(
     activation_bits=st.none() | NUMBERS,
     per_channel=st.booleans(),
     first_last_bits=st.none() | NUMBERS,
+    attention_bits=st.none() | NUMBERS,
+    residual_bits=st.none() | NUMBERS,
     overrides=st.dictionaries(PATTERNS, OVERRIDE, max_size=3),
     modules_to_not_convert=st.lists(PATTERNS, max_size=3),
     quantizer_kwargs=DELTA,

@@ -164,6 +164,14 @@ def test_quantized_attention(tmp_path, name):
         assert sum("probability_quantizer.scale" in key for key in file.keys()) >= 1
 
 
+@pytest.mark.parametrize("name", ["timm-resnet", "resnet"])
+def test_quantized_residuals(tmp_path, name):
+    logits, _ = saved_student(tmp_path / name, MODELS[name], weight_bits=3, activation_bits=4, residual_bits=8)
+    assert_reloads_alike({tmp_path / name: logits})
+    with safe_open(tmp_path / name / "one" / "model.safetensors", framework="pt") as file:
+        assert sum("output_quantizer.scale" in key for key in file.keys()) >= 3
+
+
 @pytest.mark.parametrize("per_channel", [True, False], ids=["per-channel", "per-tensor"])
 def test_every_quantizer_and_width(tmp_path, per_channel):
     students = {}

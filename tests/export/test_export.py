@@ -360,3 +360,18 @@ class TestErrors:
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert "needs the package 'onnxruntime'" in done.stdout and "pip install sqakd-hf[onnx]" in done.stdout
+
+
+def test_quantized_residuals_leave_no_convolution_that_puts_out_floats(tmp_path):
+    torch.manual_seed(0)
+    student = student_of(build_model("timm/test_resnet", 10, image_size=32), 32, weight_bits=4, residual_bits=8)
+    path = tmp_path / "a.onnx"
+    report = export_onnx(student, path, images=noise(size=32))
+    assert sum(report.check.differing.values()) <= 3
+    users = {}
+    graph = onnx.load(path).graph
+    for node in graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node.op_type)
+    after = [users[node.output[0]] for node in graph.node if node.op_type == "Conv"]
+    assert after and all(kinds == ["QuantizeLinear"] for kinds in after[:-1])
