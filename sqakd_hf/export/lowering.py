@@ -17,8 +17,8 @@ from .symbols import DEQUANTIZE, DOMAIN, QUANTIZE
 
 CONTAINERS = ("int8", "packed")
 INT8 = np.iinfo(np.int8)
-# Operators that apply a weight, and which of their inputs it is.
-_WEIGHTED = {"Conv": 1, "ConvTranspose": 1, "MatMul": 1, "Gemm": 1}
+# Operators that put elements elsewhere, and zeros between.
+_MOVES = {"Flatten", "Pad", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Placement:
         levels (`int`): Number of codes.
         storage (`str`): The type of the integers, such as `"int8"`.
         tensor (`str`): The graph's name of the integers.
-        factor, offset (`int`): `integer = factor * code + offset`; of a weight whose BatchNorm was folded into it,
-            channels with a negative slope have the negative of that.
+        factor, offset (`int`): `integer = factor * code + offset`; each channel of a weight may have a whole multiple
+            of that, negative where the slope of the BatchNorm that was folded into it is.
         channel_axis (`int`, *optional*): The axis of a weight's output channels.
         reason (`str`, *optional*): Why the values are computed by float operations instead of DequantizeLinear.
     """
@@ -160,48 +160,79 @@ class _Weight:
     def lower(self, container: str) -> Placement:
         """Fold a BatchNorm into range and bias, write the integers and what dequantizes them."""
         integers, factor, offset, reason = self._integers(container)
-        scale = self.scale / factor
+        step = self.scale / factor
         norm = self._batch_norm()
         if norm is not None:
             slopes = norm.slopes()
             flipped = _flipped(integers, slopes)
             if reason is not None or (container == "packed" and _narrowest(flipped) > _narrowest(integers)):
-                # No integer kernel will see the sign of the scale.
-                scale = scale * slopes
+                # No integer kernel will see the sign of the step.
+                step = step * slopes
                 norm.fold()
                 self.axis = 0
             elif flipped.max(initial=0) <= INT8.max:  # -128 has no negative: there, BatchNorm stays what it is
-                scale = np.where(slopes == 0, scale, scale * np.abs(slopes))
+                step = np.where(slopes == 0, step, step * np.abs(slopes))
                 integers = flipped
                 norm.fold()
                 self.axis = 0
-        output, tensor, storage = self._write(integers, scale.astype(np.float32), container, reason)
+        if reason is None and container == "int8":
+            integers, step = self._widened(integers, step)
+        output, tensor, storage = self._write(integers, step.astype(np.float32), container, reason)
         self.graph.replace(self.node, output)
         return Placement(self.name, "weight", self.levels, storage, tensor, factor, offset, self.channel_axis, reason)
 
     def _integers(self, container: str) -> tuple[np.ndarray, int, int, str | None]:
         """Return the integers, the two numbers that make them of codes, and why there is no whole zero point."""
         codes = self.codes.astype(np.int16)
+        if container == "packed" and self.levels <= 4:
+            return codes, 1, 0, "2-bit integers, which the kernels of ONNX Runtime can't take"
         halves = np.round(2 * self.zero_point.astype(np.float64))
         # Mirrored ranges have a zero point in their middle, up to the rounding of float32.
-        if (
-            np.abs(2 * self.zero_point - halves).max() > 4 * self.levels * np.finfo(np.float32).eps
-            or len(set(halves)) > 1
-        ):
+        rounding = 4 * self.levels * np.finfo(np.float32).eps
+        if np.abs(2 * self.zero_point - halves).max() > rounding or len(set(halves)) > 1:
             return codes, 1, 0, "a zero point of its own for each channel"
         for factor in (1, 2) if container == "int8" else (1,):  # doubled codes need one bit more
             offset = -factor * halves[0] / 2
             ends = offset, factor * (self.levels - 1) + offset
-            if container == "packed" and self.levels <= 4:
-                return (
-                    codes,
-                    1,
-                    0,
-                    "2-bit integers, which ONNX Runtime's kernels can't take: they are dequantized first",
-                )
             if offset % 1 == 0 and INT8.min <= ends[0] and ends[1] <= INT8.max:
                 return codes * factor + int(offset), factor, int(offset), None
         return codes, 1, 0, "a zero point between two codes"
+
+    def _widened(self, integers: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Multiply each channel of a convolution's integers by a whole number, and divide its step by it.
+
+        Engines round a channel's bias to a whole number of products of its two steps. With few bits these are wide,
+        and so is that rounding, which moves codes. Wider integers make it finer, and change nothing else; of those
+        that 8 bits hold, the multiple is chosen for which the bias is nearest to a whole number.
+        """
+        conv, operand = _only_user(self.node.outputs[0]), self._operand()
+        if conv is None or conv.op_type != "Conv" or operand is None or len(conv.inputs) < 3 or conv.inputs[2] is None:
+            return integers, step
+        # Processors without instructions for products of 8 bits add two of them in 16: with 256 codes on the other
+        # side, half must do.
+        levels = operand.attributes["levels"].as_int()
+        largest = np.abs(integers.reshape(len(integers), -1)).max(1)
+        room = np.maximum((127 if levels < 256 else 64) // np.maximum(largest, 1), 1)
+        step = np.broadcast_to(step, len(integers))
+        units = float(_array(operand.inputs[1]).item()) / (1 + operand.attributes["binary"].as_int()) * step
+        bias = _array(conv.inputs[2]).astype(np.float64)
+        multiples = np.arange(1, room.max() + 1)
+        in_units = bias[:, None] * multiples / units[:, None]
+        error = np.abs(in_units - np.round(in_units)) / multiples
+        error[multiples > room[:, None]] = np.inf
+        best = multiples[error.argmin(1)]
+        self.axis = 0
+        return integers * best.astype(np.int16).reshape(-1, *(1,) * (integers.ndim - 1)), step / best
+
+    def _operand(self) -> ir.Node | None:
+        """Return the quantizer, of one range, of what this weight is multiplied by."""
+        user = _only_user(self.node.outputs[0])
+        value = None if user is None else user.inputs[0]
+        while value is not None and (producer := value.producer()) is not None:
+            if producer.domain == DOMAIN and producer.op_type == QUANTIZE:
+                return producer if producer.inputs[1].shape.numpy() == (1,) else None
+            value = producer.inputs[0] if producer.op_type in _MOVES else None
+        return None
 
     def _batch_norm(self) -> "_BatchNorm | None":
         """Return the normalisation of what this weight computes, if nothing else sees that."""
@@ -209,13 +240,9 @@ class _Weight:
         if conv is None or conv.op_type != "Conv" or self.axis not in (None, 0):
             return None
         norm = _only_user(conv.outputs[0])
-        if (
-            norm is None
-            or norm.op_type != "BatchNormalization"
-            or any(not v.is_initializer() for v in norm.inputs[1:])
-        ):
+        if norm is None or norm.op_type != "BatchNormalization":
             return None
-        return _BatchNorm(self.graph, conv, norm)
+        return _BatchNorm(self.graph, conv, norm) if all(v.is_initializer() for v in norm.inputs[1:]) else None
 
     def _write(
         self, integers: np.ndarray, scale: np.ndarray, container: str, reason: str | None

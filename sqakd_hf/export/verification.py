@@ -215,7 +215,10 @@ def _wrong_weights(student: nn.Module, proto: onnx.ModelProto, placements: list[
         if placement.channel_axis is not None:
             integers = np.moveaxis(integers, placement.channel_axis, 0)
         integers = integers.reshape(rows.shape)
-        # A BatchNorm with a negative slope turned its channel, one with slope 0 emptied it.
-        same = (integers == rows).all(1) | (integers == -rows).all(1) | (integers == 0).all(1)
+        # Each channel may be a whole multiple, which its scale undoes; a BatchNorm with slope 0 empties it.
+        place = np.abs(rows).argmax(1)[:, None]
+        largest = np.take_along_axis(rows, place, 1)
+        multiples = np.take_along_axis(integers, place, 1) // np.where(largest == 0, 1, largest)
+        same = (integers == multiples * rows).all(1)
         if not same.all():
             yield placement.name
