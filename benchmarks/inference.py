@@ -36,6 +36,7 @@ NETWORKS = {
     "ResNet-20": "timm/resnet20_cifar",
 }
 SIZES = {"ResNet-20": 32}
+WITHOUT_RESIDUALS = ("ViT-tiny",)  # of convolutions
 WIDTHS = (8, 4)
 REPEATS = 5  # so that most runs find their weights in the caches, as where one model runs
 FLOAT = "PyTorch, float32"
@@ -67,16 +68,18 @@ def measure(name: str, batch: int, options: argparse.Namespace) -> None:
         path = Path(folder) / "float.onnx"
         export_float(model, images, path)
         variants |= engines_of(path, images, "float32", options.threads)
-        for bits in WIDTHS:
-            student = student_of(model, size, bits)
-            if bits == WIDTHS[-1]:
+        kinds = [(bits, residual) for bits in WIDTHS for residual in (None, 8)[: 1 + (name not in WITHOUT_RESIDUALS)]]
+        for bits, residual_bits in kinds:
+            student = student_of(model, size, bits, residual_bits)
+            if (bits, residual_bits) == (WIDTHS[-1], None):
                 plain = copy.deepcopy(student)
                 dequantize_model(plain)
                 variants[f"PyTorch, student W{bits}A{bits}"] = functools.partial(student, images)
                 variants[f"PyTorch, dequantized W{bits}"] = functools.partial(plain, images)
-            path = Path(folder) / f"{bits}.onnx"
+            path = Path(folder) / f"{bits}-{residual_bits}.onnx"
             export_onnx(student, path, image_size=size, verify=False)
-            variants |= engines_of(path, images, f"W{bits}A{bits} in int8", options.threads)
+            what = f"W{bits}A{bits}" + f", residuals at {residual_bits} bits" * (residual_bits is not None)
+            variants |= engines_of(path, images, what, options.threads)
         with torch.inference_mode():
             seconds = interleaved(
                 {name: functools.partial(repeat, run) for name, run in variants.items()}, options.rounds
@@ -94,10 +97,12 @@ def repeat(run: Run) -> None:
         run()
 
 
-def student_of(model: nn.Module, size: int, bits: int) -> nn.Module:
+def student_of(model: nn.Module, size: int, bits: int, residual_bits: int | None) -> nn.Module:
     """Return a calibrated student in eval mode."""
     student = copy.deepcopy(model)
-    quantize_model(student, QuantizationConfig("lsq", weight_bits=bits, activation_bits=bits))
+    quantize_model(
+        student, QuantizationConfig("lsq", weight_bits=bits, activation_bits=bits, residual_bits=residual_bits)
+    )
     calibrate_model(student, [torch.randn(8, 3, size, size)], disable_progress=True)
     return student.eval()
 
