@@ -17,7 +17,7 @@ from .quantizers import FakeQuantizer, create_quantizer, list_quantizers, regist
 if TYPE_CHECKING:
     from .collator import ImageCollator
     from .data import ImageData, load_image_data, split_holdout
-    from .export import ExportCheck, ExportReport, export_onnx, verify_export
+    from .export import DeployReport, ExportCheck, ExportReport, deploy_report, export_onnx, verify_export
     from .interrupt import InterruptCallback
     from .metrics import TeacherAgreement, TeacherDivergence, TopKAccuracy
     from .modeling import WeightsNotFoundError, build_model, load_teacher
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "DeployReport",
     "ExportCheck",
     "ExportMismatchError",
     "ExportReport",
@@ -51,6 +52,7 @@ __all__ = [
     "build_model",
     "calibrate_model",
     "create_quantizer",
+    "deploy_report",
     "distillation_loss",
     "export_onnx",
     "fake_quantize",
@@ -73,6 +75,8 @@ _LAZY = {
     "ImageData": "data",
     "load_image_data": "data",
     "split_holdout": "data",
+    "DeployReport": "export",
+    "deploy_report": "export",
     "ExportCheck": "export",
     "ExportReport": "export",
     "export_onnx": "export",

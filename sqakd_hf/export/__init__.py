@@ -4,8 +4,9 @@ Needs `pip install sqakd-hf[onnx]`.
 """
 
 from . import requirements  # noqa: F401
-from .exporter import ExportReport, export_onnx
+from .engines import DeployReport, Kernel
+from .exporter import ExportReport, deploy_report, export_onnx
 from .verification import ExportCheck, verify_export
 
 
-__all__ = ["ExportCheck", "ExportReport", "export_onnx", "verify_export"]
+__all__ = ["DeployReport", "ExportCheck", "ExportReport", "Kernel", "deploy_report", "export_onnx", "verify_export"]

@@ -1,6 +1,7 @@
-"""`export_onnx`: a student as an ONNX file, checked before it is put in its place."""
+"""`export_onnx`: a student as an ONNX file, checked before it is there; `deploy_report`: what it will be."""
 
 import contextlib
+import copy
 import io
 import json
 import logging
@@ -18,9 +19,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from ..convert import is_calibrated, quantized_layers
+from ..convert import calibrate_model, is_calibrated, quantized_layers
 from ..errors import InputError, first_line, quote
 from ..modeling import Preprocessing, preprocessing
+from .engines import DeployReport, kernels
 from .lowering import CONTAINERS, Placement, lower
 from .symbols import Symbolic
 from .verification import PLACEMENTS, ExportCheck, verify_export
@@ -109,11 +111,7 @@ def export_onnx(
             can't be written.
         `ExportMismatchError`: File and student disagree; nothing is written.
     """
-    if container not in CONTAINERS:
-        raise InputError(f"container must be one of {quote(CONTAINERS)}, got {container!r}.")
-    student = AutoModelForImageClassification.from_pretrained(model) if isinstance(model, str) else model
-    if not quantized_layers(student):
-        raise InputError("The model is not quantized. Export a student, see quantize_model.")
+    student = _student(model, container)
     if not is_calibrated(student):
         raise InputError("The student has no ranges yet. Run calibrate_model(model, batches) or train it first.")
     path = Path(path)
@@ -121,10 +119,7 @@ def export_onnx(
         raise InputError(f"The folder {str(path.parent)!r} does not exist: make it, or choose another path.")
     expected = preprocessing(student) if isinstance(student, PreTrainedModel) else None
     example = images if images is not None else _noise(student, expected, image_size)
-    exported = _trace(student, example, dynamic_image_size, output_field)
-    placements = lower(exported, container)
-    exported.opset_imports[""] = OPSET_OF_INT2 if any("int2" in each.storage for each in placements) else OPSET
-    exported.ir_version = 13 if exported.opset_imports[""] == OPSET_OF_INT2 else 10
+    exported, placements = _lowered(student, example, container, dynamic_image_size, output_field)
     exported.producer_name, exported.producer_version = "sqakd_hf", _version("sqakd_hf")
     exported.metadata_props.update(_metadata(student, expected, example, container))
     exported.metadata_props[PLACEMENTS] = json.dumps([asdict(placement) for placement in placements])
@@ -148,6 +143,52 @@ def export_onnx(
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
     return ExportReport(path, path.stat().st_size, exported.opset_imports[""], tuple(placements), check)
+
+
+def deploy_report(
+    model: nn.Module | str, container: str = "int8", *, image_size: int | None = None, output_field: str | None = None
+) -> DeployReport:
+    """Tell which layers of a student will have integer kernels in which engine: before its training, or after it.
+
+    The student is traced and lowered as for [`export_onnx`], and nothing is written. One that has no ranges yet is
+    calibrated on noise for that, a copy of it: kernels depend on what is quantized, not on where ranges lie.
+
+    Args:
+        model (`nn.Module` or `str`): After [`quantize_model`], or the folder or Hub id of a saved classifier.
+        container (`str`, *optional*, defaults to `"int8"`): See [`export_onnx`].
+        image_size (`int`, *optional*): Side of the images; by default the model's own.
+        output_field (`str`, *optional*): Which output holds the class logits, for models with several heads.
+    """
+    student = _student(model, container)
+    expected = preprocessing(student) if isinstance(student, PreTrainedModel) else None
+    example = _noise(student, expected, image_size)
+    if not is_calibrated(student):
+        student = copy.deepcopy(student).to("cpu", torch.float32)
+        calibrate_model(student, [example], disable_progress=True)
+    exported, placements = _lowered(student, example, container, False, output_field)
+    size = len(ir.to_proto(exported).SerializeToString())
+    coverage = student.quantization_plan.coverage()
+    return DeployReport(kernels(exported.graph, placements, container), coverage, size, container)
+
+
+def _student(model: nn.Module | str, container: str) -> nn.Module:
+    if container not in CONTAINERS:
+        raise InputError(f"container must be one of {quote(CONTAINERS)}, got {container!r}.")
+    student = AutoModelForImageClassification.from_pretrained(model) if isinstance(model, str) else model
+    if not quantized_layers(student):
+        raise InputError("The model is not quantized. Export a student, see quantize_model.")
+    return student
+
+
+def _lowered(
+    student: nn.Module, example: torch.Tensor, container: str, dynamic_image_size: bool, output_field: str | None
+) -> tuple[ir.Model, list[Placement]]:
+    """Return the graph of the student with integers in it, and what became of its quantizers."""
+    exported = _trace(student, example, dynamic_image_size, output_field)
+    placements = lower(exported, container)
+    has_int2 = any("int2" in each.storage for each in placements)
+    exported.opset_imports[""], exported.ir_version = (OPSET_OF_INT2, 13) if has_int2 else (OPSET, 10)
+    return exported, placements
 
 
 def _noise(student: nn.Module, expected: Preprocessing | None, image_size: int | None) -> torch.Tensor:

@@ -18,7 +18,7 @@ from .symbols import DEQUANTIZE, DOMAIN, QUANTIZE
 CONTAINERS = ("int8", "packed")
 INT8 = np.iinfo(np.int8)
 # Operators that put elements elsewhere, and zeros between.
-_MOVES = {"Flatten", "Pad", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+MOVES = {"Flatten", "Pad", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ class _Weight:
         while value is not None and (producer := value.producer()) is not None:
             if producer.domain == DOMAIN and producer.op_type == QUANTIZE:
                 return producer if producer.inputs[1].shape.numpy() == (1,) else None
-            value = producer.inputs[0] if producer.op_type in _MOVES else None
+            value = producer.inputs[0] if producer.op_type in MOVES else None
         return None
 
     def _batch_norm(self) -> "_BatchNorm | None":

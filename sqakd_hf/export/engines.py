@@ -1,0 +1,135 @@
+"""Which layers of a student engines compute with integers: read off the graph that would be exported."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from ..plan import Coverage
+from .lowering import MOVES, Placement
+
+
+ENGINES = ("onnxruntime", "openvino", "tensorrt")
+STORAGE = "packed integers are dequantized when the file is loaded"
+# TensorRT 10 quantizes activations to int8 with a zero point of 0 alone.
+UNSIGNED = "it wants int8 activations with a zero point of 0, and these are uint8"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How engines compute one layer.
+
+    Args:
+        layer (`str`): Its name in the student.
+        operator (`str`): ONNX's operator that applies its weight.
+        onnxruntime, openvino, tensorrt (`str`, *optional*): Why the engine computes it in float; `None`: it has a
+            kernel for these integers. For ONNX Runtime and OpenVINO on a CPU this was held against what they did; for
+            TensorRT it is read from its documentation.
+    """
+
+    layer: str
+    operator: str
+    onnxruntime: str | None = None
+    openvino: str | None = None
+    tensorrt: str | None = None
+
+
+@dataclass(frozen=True)
+class DeployReport:
+    """What a student will be outside of PyTorch; `print` it.
+
+    Args:
+        kernels (`tuple[Kernel, ...]`): A line for each layer that is quantized.
+        coverage (`Coverage`): What is quantized, with the bytes of the weights and the bit operations.
+        file_bytes (`int`): Size of the ONNX file.
+        container (`str`): How it holds the weights.
+    """
+
+    kernels: tuple[Kernel, ...]
+    coverage: Coverage
+    file_bytes: int
+    container: str
+
+    def with_integers(self, engine: str) -> list[Kernel]:
+        """Return the layers for which an engine, one of `ENGINES`, has an integer kernel."""
+        return [kernel for kernel in self.kernels if getattr(kernel, engine) is None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [("layer", "operator", "ONNX Runtime", "OpenVINO", "TensorRT")]
+        notes: dict[str, int] = {}
+        for kernel in self.kernels:
+            cells = []
+            for engine in ENGINES:
+                reason = getattr(kernel, engine)
+                cells.append("integer" if reason is None else f"float ({notes.setdefault(reason, len(notes) + 1)})")
+            rows.append((kernel.layer, kernel.operator, *cells))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
+        lines += [f"({number}) {reason}" for reason, number in notes.items()]
+        shares = [f"{len(self.with_integers(e))} {name}" for e, name in zip(ENGINES, rows[0][2:], strict=True)]
+        lines.append(f"integer kernels for {', '.join(shares)}, of {len(self.kernels)} layers")
+        lines.append(f"{self.container}: a file of {self.file_bytes:,} bytes; {self.coverage}")
+        return "\n".join(lines)
+
+
+def kernels(graph: ir.Graph, placements: Sequence[Placement], container: str) -> tuple[Kernel, ...]:
+    """Return a line for each weight of a lowered graph."""
+    users = {name: value for name, value in graph.initializers.items()}
+    found = []
+    for placement in placements:
+        if placement.kind != "weight":
+            continue
+        dequantized = users[placement.tensor].uses()[0].node.outputs[0]
+        value = dequantized
+        while (node := value.uses()[0].node).op_type == "Sub":  # the shift of codes that have no zero
+            value = node.outputs[0]
+        found.append(_kernel(placement, node, container))
+    return tuple(found)
+
+
+def _kernel(placement: Placement, node: ir.Node, container: str) -> Kernel:
+    reason = STORAGE if container == "packed" else placement.reason and f"its weight has {placement.reason}"
+    if reason is None and node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
+        reason = _why_no_codes(node.inputs[0])
+    if reason is not None:
+        return Kernel(placement.name, node.op_type, reason, reason, reason)
+    if node.op_type not in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
+        reason = f"{node.op_type} looks values up"
+        return Kernel(placement.name, node.op_type, reason, reason, reason)
+    return Kernel(placement.name, node.op_type, _why_not_onnxruntime(node), None, UNSIGNED)
+
+
+def _why_no_codes(value: ir.Value) -> str | None:
+    """Return why what a weight is multiplied by does not arrive as integers with one scale, `None` if it does."""
+    while (node := value.producer()) is not None and node.op_type in MOVES:
+        value = node.inputs[0]
+    if node is None or node.op_type != "DequantizeLinear":
+        return "its input is in float"
+    if node.inputs[1].shape is not None and len(node.inputs[1].shape) > 0:
+        return "its input has a range for each channel"
+    return None
+
+
+def _why_not_onnxruntime(node: ir.Node) -> str | None:
+    if node.op_type == "ConvTranspose":
+        return "ONNX Runtime has no integer ConvTranspose"
+    if node.op_type != "Conv":
+        return None  # products of integers may put out floats
+    users = Counter(use.node.op_type for use in node.outputs[0].uses())
+    if users == {"QuantizeLinear": 1}:
+        return None
+    if set(users) == {"QuantizeLinear"}:
+        return "ONNX Runtime's convolutions put out integers of one scale, and several quantizers read this one's"
+    others = sorted(users.keys() - {"QuantizeLinear"})
+    reason = (
+        f"ONNX Runtime's convolutions put out integers alone, and this one's goes to {' and '.join(others)} in float"
+    )
+    return reason + " (residual_bits=8 makes it integers)" * (others == ["Add"])

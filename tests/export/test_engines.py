@@ -1,0 +1,104 @@
+"""What a deploy report says of ONNX Runtime and OpenVINO, held against the kernels that they choose."""
+
+from collections import Counter
+
+import onnx
+import onnxruntime
+import openvino
+import pytest
+import torch
+from torch import nn
+
+from sqakd_hf import (
+    InputError,
+    QuantizationConfig,
+    build_model,
+    deploy_report,
+    export_onnx,
+    is_calibrated,
+    quantize_model,
+)
+from tests.conftest import TinyConvNet, tiny_vit
+from tests.export.test_export import noise, student_of
+
+
+MODELS = {
+    "test_resnet": (32, {}),
+    "test_resnet, residuals": (32, {"residual_bits": 8}),
+    "mobilenetv3_small_050": (32, {}),
+    "test_vit": (160, {}),
+}
+
+
+def build(name):
+    torch.manual_seed(0)
+    return build_model(f"timm/{name.split(',')[0]}", 10, image_size=MODELS[name][0])
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def exported(request, tmp_path_factory):
+    """A report, made before there are ranges, and the file of the calibrated student."""
+    size, config = MODELS[request.param]
+    student = build(request.param)
+    quantize_model(student, QuantizationConfig(weight_bits=4, activation_bits=4, **config))
+    report = deploy_report(student)
+    assert not is_calibrated(student)
+    path = tmp_path_factory.mktemp("engines") / "a.onnx"
+    student = student_of(build(request.param), size, weight_bits=4, activation_bits=4, **config)
+    export_onnx(student, path, image_size=size, verify=False)
+    return request.param, report, path
+
+
+def test_onnx_runtime_has_the_kernels_that_the_report_says(exported, tmp_path):
+    name, report, path = exported
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    found = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
+    said = Counter(kernel.operator for kernel in report.with_integers("onnxruntime"))
+    assert found["QLinearConv"] == said["Conv"]
+    # The head is a product of few numbers, whose optimised form depends on its bias.
+    assert said["MatMul"] <= found["MatMulIntegerToFloat"] + found["QGemm"] <= said["MatMul"] + said["Gemm"]
+    left = [kernel.layer for kernel in report.kernels if kernel.operator == "Conv" and kernel.onnxruntime is not None]
+    assert bool(left) is (name != "test_resnet, residuals")
+
+
+def test_openvino_has_the_kernels_that_the_report_says(exported):
+    _, report, path = exported
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(path), "CPU")
+    types = Counter()
+    for node in compiled.get_runtime_model().get_ops():
+        facts = {key: str(value.value) for key, value in node.get_rt_info().items()}
+        if facts.get("layerType") in ("Convolution", "FullyConnected", "MatMul"):
+            types[facts["runtimePrecision"]] += 1
+    assert types["u8"] + types["i8"] == len(report.with_integers("openvino")) == len(report.kernels)
+
+
+def test_what_has_no_integers_has_a_reason():
+    model = student_of(TinyConvNet(), quantizer="dorefa", weight_bits=2, activation_bits=None, first_last_bits=8)
+    reasons = {kernel.layer: kernel.openvino for kernel in deploy_report(model, image_size=16).kernels}
+    assert reasons["body.0"] == "its input is in float"
+    assert reasons["stem.0"].startswith("its weight has a zero point between two codes")
+    packed = deploy_report(student_of(tiny_vit(), weight_bits=4), "packed")
+    assert all("dequantized when the file is loaded" in kernel.onnxruntime for kernel in packed.kernels)
+    assert "integer kernels for 0 ONNX Runtime, 0 OpenVINO, 0 TensorRT" in str(packed)
+
+
+def test_a_convolution_before_an_addition_is_told_what_would_help():
+    report = deploy_report(student_of(build("test_resnet"), 32, weight_bits=4))
+    assert "goes to Add in float (residual_bits=8 makes it integers)" in str(report)
+    assert set(report.to_dict()) == {"kernels", "coverage", "file_bytes", "container"}
+
+
+def test_bytes_are_those_of_the_file(tmp_path):
+    student = student_of(TinyConvNet(), weight_bits=4)
+    report = deploy_report(student, image_size=16)
+    size = export_onnx(student, tmp_path / "a.onnx", images=noise()).file_bytes
+    assert report.file_bytes <= size < report.file_bytes + 8000  # metadata
+
+
+def test_a_float_model_is_refused():
+    with pytest.raises(InputError, match="The model is not quantized"):
+        deploy_report(nn.Sequential(nn.Conv2d(3, 4, 3)))
