@@ -230,6 +230,21 @@ def preprocessing(model: PreTrainedModel) -> Preprocessing:
     return Preprocessing(size, mean, std, interpolation=interpolation, fixed_size=stated is not None)
 
 
+def record_preprocessing(model: PreTrainedModel, used: Preprocessing) -> None:
+    """Let timm's metadata in the config of `model` state the preprocessing that it was trained with, in place.
+
+    Models of transformers state theirs by the image processor that is saved with them.
+    """
+    if isinstance(model.config, TimmWrapperConfig):
+        model.config.pretrained_cfg |= {
+            "input_size": (len(used.mean), used.image_size, used.image_size),
+            "mean": list(used.mean),
+            "std": list(used.std),
+            "crop_pct": used.crop_pct,
+            "interpolation": used.interpolation,
+        }
+
+
 def image_processor(expected: Preprocessing) -> ImageProcessingMixin:
     """Return an image processor that prepares images as `expected`: resize the shorter side, crop the centre."""
     from transformers import BitImageProcessor

@@ -27,6 +27,8 @@ LAYERS = [
     {"push"},
     {"hf_quantizer"},
     {"trainer", "export"},
+    {"cli"},
+    {"__main__"},
     {"__init__"},
 ]
 MAY_IMPORT_TRANSFORMERS = {
@@ -40,6 +42,7 @@ MAY_IMPORT_TRANSFORMERS = {
     "modeling",
     "trainer",
     "export",
+    "cli",
 }
 # Imported inside functions, so that `import sqakd_hf` stays quick and each is needed only where it is used.
 LATE = {"timm", "datasets", "evaluate", "torchvision", "sklearn", "matplotlib", "onnx", "onnx_ir", "onnxruntime"}

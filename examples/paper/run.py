@@ -3,7 +3,7 @@
     accelerate launch examples/paper/run.py cifar10-resnet20-ewgs-w2a2
     accelerate launch examples/paper/run.py cifar10-resnet20-ewgs-w2a2 --dataset fashion_mnist --epochs 3
 
-A recipe is a file of arguments for examples/run_sqakd.py; README.md beside this script lists them. Further arguments
+A recipe is a file of arguments for `sqakd distill`; README.md beside this script lists them. Further arguments
 are passed on and overrule it; another --dataset drops what belongs to its own (label column, image size).
 --epochs N sets the epochs of both teacher and student.
 """
@@ -13,12 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import run_sqakd
-
 from sqakd_hf import InputError
+from sqakd_hf.cli import distill
 
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -41,8 +37,7 @@ def main() -> None:
     if any(argument.split("=")[0] == "--dataset" for argument in given):
         recipe = {key: value for key, value in recipe.items() if key not in OF_THE_DATASET}
     recipe.setdefault("output_dir", f"outputs/paper/{name}")
-    sys.argv[1:] = [*as_arguments(recipe), *expand_epochs(given)]
-    run_sqakd.main()
+    distill.main([*as_arguments(recipe), *expand_epochs(given)])
 
 
 def as_arguments(recipe: dict) -> list[str]:

@@ -5,8 +5,17 @@ Needs `pip install sqakd-hf[onnx]`.
 
 from . import requirements  # noqa: F401
 from .engines import DeployReport, Kernel
-from .exporter import ExportReport, deploy_report, export_onnx
+from .exporter import ExportReport, deploy_report, export_onnx, open_session
 from .verification import ExportCheck, verify_export
 
 
-__all__ = ["DeployReport", "ExportCheck", "ExportReport", "Kernel", "deploy_report", "export_onnx", "verify_export"]
+__all__ = [
+    "DeployReport",
+    "ExportCheck",
+    "ExportReport",
+    "Kernel",
+    "deploy_report",
+    "export_onnx",
+    "open_session",
+    "verify_export",
+]

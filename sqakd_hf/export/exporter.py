@@ -15,6 +15,7 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import torch
 from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
@@ -169,6 +170,25 @@ def deploy_report(
     size = len(ir.to_proto(exported).SerializeToString())
     coverage = student.quantization_plan.coverage()
     return DeployReport(kernels(exported.graph, placements, container), coverage, size, container)
+
+
+def open_session(path: str | os.PathLike) -> tuple[onnxruntime.InferenceSession, Preprocessing]:
+    """Open a file that [`export_onnx`] wrote in ONNX Runtime; return the session and how its images are prepared.
+
+    Raises:
+        `InputError`: No file, one that ONNX Runtime can't read, or one without preprocessing in it.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise InputError(f"There is no file {path!r}.")
+    try:
+        session = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
+    except Exception as error:
+        raise InputError(f"ONNX Runtime can't read {path!r}: {first_line(error)}") from error
+    stated = session.get_modelmeta().custom_metadata_map.get("sqakd.preprocessing")
+    if stated is None:
+        raise InputError(f"{path!r} does not tell how its images are prepared: it was not exported from a classifier.")
+    return session, Preprocessing(**json.loads(stated))
 
 
 def _student(model: nn.Module | str, container: str) -> nn.Module:

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import logging
 import signal
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from sqakd_hf import InputError
+from sqakd_hf.cli import distill
 from tests.conftest import tiny_vit
 
 
@@ -19,25 +19,19 @@ QUICK = "--max_steps 2 --max_train_images 60 --max_test_images 30 --use_cpu true
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
-    """Run the example's main() in this process and return its results."""
-    spec = importlib.util.spec_from_file_location("run_sqakd", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "run_sqakd", script)
-    spec.loader.exec_module(script)
+def run(tmp_path):
+    """Run the command in this process and return its results."""
 
     def call(arguments: str, output: str = "output") -> dict:
         folder = tmp_path / output
-        monkeypatch.setattr(sys, "argv", ["run_sqakd.py", *f"{QUICK} {arguments} --output_dir {folder}".split()])
-        script.main()
+        distill.main(f"{QUICK} {arguments} --output_dir {folder}".split())
         return json.loads((folder / "results.json").read_text())
 
-    loggers = [logging.getLogger(name) for name in ("run_sqakd", "sqakd_hf")]
-    before = [(logger.level, list(logger.handlers)) for logger in loggers]
+    ours = logging.getLogger("sqakd_hf")
+    level, handlers = ours.level, list(ours.handlers)
     yield call
-    for logger, (level, handlers) in zip(loggers, before, strict=True):
-        logger.setLevel(level)
-        logger.handlers[:] = handlers
+    ours.setLevel(level)
+    ours.handlers[:] = handlers
 
 
 @pytest.fixture(scope="module")

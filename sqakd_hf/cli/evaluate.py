@@ -1,0 +1,100 @@
+"""Measure a student, or its ONNX file, on images: accuracy, and agreement with its teacher.
+
+    sqakd evaluate sqakd-output --dataset digits
+    sqakd evaluate sqakd-output --dataset path/to/images --teacher sqakd-output/teacher --json
+    sqakd evaluate student.onnx --dataset fashion_mnist --max_images 1000
+
+Accuracy needs labels, the agreement and the divergence need --teacher and no label.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ..collator import ImageCollator
+from ..data import load_image_data
+from ..losses import check_same_classes
+from ..metrics import TeacherAgreement, TeacherDivergence, TopKAccuracy
+from ..modeling import Preprocessing, load_teacher, num_classes, preprocessing
+from ..outputs import predict
+from ..transforms import ImageTransform
+from .students import load_student
+
+
+Predictor = Callable[[torch.Tensor], np.ndarray]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        "sqakd evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="folder or Hub id of a saved student, or an exported .onnx file")
+    parser.add_argument("--dataset", default="digits", help="as in sqakd distill; its test images count")
+    parser.add_argument("--label_column", help="column of the labels, where a dataset has several")
+    parser.add_argument("--teacher", help="folder or Hub id of the model to agree with")
+    parser.add_argument("--max_images", type=int, help="use so many test images")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=42, help="of the split, as in the distillation")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    predictor, expected, classes = (_onnx if options.model.endswith(".onnx") else _student)(options.model)
+    teacher = None
+    if options.teacher is not None:
+        teacher_model = load_teacher(options.teacher)
+        check_same_classes(classes, num_classes(teacher_model))
+        teacher = _predictor(teacher_model)
+    data = load_image_data(
+        options.dataset, label_column=options.label_column, max_test_images=options.max_images, seed=options.seed
+    )
+    transform = ImageTransform(
+        expected.image_size,
+        expected.mean,
+        expected.std,
+        crop_pct=expected.crop_pct,
+        interpolation=expected.interpolation,
+    )
+    loader = DataLoader(data.test.with_transform(transform), options.batch_size, collate_fn=ImageCollator())
+    logits, references, labels = [], [], []
+    for batch in tqdm(loader, "Evaluating", unit="batch", leave=False):
+        logits.append(predictor(batch["pixel_values"]))
+        references += [] if teacher is None else [teacher(batch["pixel_values"])]
+        labels += [] if data.class_names is None else [batch["labels"].numpy()]
+    results: dict[str, float | int] = {"images": len(data.test)}
+    predictions = np.concatenate(logits)
+    if labels:
+        accuracy = TopKAccuracy().compute(predictions=predictions, references=np.concatenate(labels))
+        results["accuracy"] = accuracy["top1_accuracy"]
+    if references:
+        for metric in (TeacherAgreement(), TeacherDivergence()):
+            results |= metric.compute(predictions=predictions, references=np.concatenate(references))
+    print(json.dumps(results, indent=2) if options.json else "\n".join(f"{k}: {v:.6g}" for k, v in results.items()))
+
+
+def _student(name: str) -> tuple[Predictor, Preprocessing, int]:
+    model = load_student(name)
+    return _predictor(model), preprocessing(model), num_classes(model)
+
+
+def _predictor(model: torch.nn.Module) -> Predictor:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.eval().to(device)
+
+    @torch.inference_mode()
+    def run(images: torch.Tensor) -> np.ndarray:
+        return predict(model, {"pixel_values": images.to(device)}).logits.float().cpu().numpy()
+
+    return run
+
+
+def _onnx(path: str) -> tuple[Predictor, Preprocessing, int]:
+    from ..export import open_session
+
+    session, expected = open_session(path)
+    classes = session.get_outputs()[0].shape[-1]
+    return (lambda images: session.run(["logits"], {"pixel_values": images.numpy()})[0]), expected, classes

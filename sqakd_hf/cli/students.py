@@ -1,0 +1,28 @@
+"""What commands are given to work on: a saved student, or a float model to quantize."""
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..configuration import QuantizationConfig
+from ..convert import quantize_model, quantized_layers
+from ..errors import InputError
+from ..modeling import WeightsNotFoundError, build_model, load_teacher
+
+
+def load_student(name: str) -> PreTrainedModel:
+    """Return the saved student of this folder or Hub id; a float model is an `InputError`."""
+    model = load_teacher(name)
+    if not quantized_layers(model):
+        raise InputError(f"{name!r} is a float model, not a student. `sqakd distill` makes one.")
+    return model.eval()
+
+
+def student_or_plan(name: str, config: QuantizationConfig, image_size: int | None, num_labels: int) -> nn.Module:
+    """Return the saved student of this name, or what `config` makes of the float model, without ranges."""
+    try:
+        model = load_teacher(name)
+    except WeightsNotFoundError:
+        model = build_model(name, num_labels, image_size)  # what is quantized does not depend on the weights
+    if not quantized_layers(model):
+        quantize_model(model, config)
+    return model.eval()
