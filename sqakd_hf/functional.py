@@ -163,12 +163,17 @@ def _along(values: torch.Tensor, x: torch.Tensor, channel_axis: int | None) -> t
 def _code(x, scale, zero_point, qmax, binary):
     if binary:
         return (x >= (0.5 - zero_point) * scale).to(x.dtype)
-    return _position(x, scale, zero_point, qmax).round_()
+    return _rounded(x / scale, zero_point, qmax)
 
 
-def _position(x, scale, zero_point, qmax):
-    """Return `x_n` in units of codes, before rounding."""
-    return (x / scale).add_(zero_point).clamp_(0, qmax)
+def _rounded(steps, zero_point, qmax):
+    """Return the codes of `x` in units of `scale`, whose memory is used for that.
+
+    Whole zero points are added after rounding, as QuantizeLinear of ONNX and every engine do: before it, ties would go
+    to the other side where they are odd, and adding a large one to a small number makes new ties.
+    """
+    whole = zero_point.floor()
+    return steps.add_(zero_point - whole).round_().add_(whole).clamp_(0, qmax)
 
 
 def _forward(x, scale, zero_point, qmax, binary):
@@ -187,8 +192,9 @@ def _backward(x, grad, lower, upper, scale, zero_point, slope, qmax, binary, cli
     if slope is None:
         grad_x = g.masked_fill(outside, 0)
     if slope is not None or (want_range and not clip_only):
-        position = _position(x, scale, zero_point, qmax)
-        code = _code(x, scale, zero_point, qmax, binary) if binary else position.round()
+        steps = x / scale
+        position = (steps + zero_point).clamp_(0, qmax)  # x_n in units of codes, before rounding
+        code = _code(x, scale, zero_point, qmax, binary) if binary else _rounded(steps, zero_point, qmax)
     if slope is not None:
         kappa = (position - code).mul_(torch.sign(g)).mul_(slope).add_(1).masked_fill_(outside, 0)
         grad_x = g * kappa

@@ -33,7 +33,7 @@ def dampening_loss(layers: Iterable[QuantizedLayer]) -> torch.Tensor:
     return total
 
 
-def ramp(step: int, steps: int) -> float:
+def ramp(step: float, steps: float) -> float:
     """Return the share of the way at a step: half a cosine from 0 to 1, as weights settle late.
 
     Examples:
@@ -86,7 +86,7 @@ class OscillationFreezer:
     @torch.no_grad()
     def step(self, progress: float) -> None:
         """Look at the codes after a step of the optimizer, at `progress` from 0 to 1; put frozen weights back."""
-        threshold = self.threshold * (4 - 3 * progress)
+        threshold = self.threshold * (4 - 3 * ramp(progress, 1))
         for name, layer in self.layers.items():
             quantizer, weight = layer.weight_quantizer, layer.stored_weight
             codes = quantizer.quantize(weight)
@@ -120,10 +120,17 @@ class OscillationFreezer:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return all tensors by `layer.tensor`, to be kept in a checkpoint."""
-        return {f"{name}.{key}": value for name, state in self._state.items() for key, value in state.items()}
+        return {
+            f"{name}.{key}": value.contiguous() for name, state in self._state.items() for key, value in state.items()
+        }
 
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what [`state_dict`] returned."""
+        """Go on from what [`state_dict`] returned; `InputError` if that was of other layers."""
+        if missing := [name for name in self.layers if any(f"{name}.{key}" not in tensors for key in self.STATE)]:
+            raise InputError(
+                f"The checkpoint does not tell which weights of {', '.join(missing[:3])} are frozen: it is of another "
+                "student, or of other bits."
+            )
         device = {name: layer.stored_weight.device for name, layer in self.layers.items()}
         self._state = {
             name: {key: tensors[f"{name}.{key}"].to(device[name], copy=True) for key in self.STATE}

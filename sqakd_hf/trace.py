@@ -71,7 +71,7 @@ def trace_model(model: nn.Module, layers: Mapping[str, nn.Module], images: torch
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     reason = None
     with evaluating(model):
-        for example in [images] if images is not None else _examples(model, like.device):
+        for example in [images] if images is not None else example_images(model, like.device):
             watcher = _Watcher(model, layers)
             try:
                 with torch.random.fork_rng(devices=[]), watcher.watching():
@@ -105,7 +105,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _examples(model: nn.Module, device: torch.device) -> Iterator[torch.Tensor]:
+def example_images(model: nn.Module, device: torch.device) -> Iterator[torch.Tensor]:
     """Yield batches of one noise image: of the size the model states, or of common sizes."""
     first = next((weight_of(m) for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels, sizes = 3 if first is None else first.shape[1], [(224, 224), (32, 32), (28, 28), (384, 384)]
@@ -210,7 +210,7 @@ class _Watcher(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        is_residual = func in ADDITIONS and self._watch_addition(args)
+        is_residual = func in ADDITIONS and self._watch_addition([args, kwargs])
         output = func(*args, **kwargs)
         outputs = _tensors(output)
         if not outputs and not _tensors(args):
@@ -236,7 +236,7 @@ class _Watcher(TorchFunctionMode):
                 _set_sources(tensor, sources)
         return output
 
-    def _watch_addition(self, args: tuple) -> bool:
+    def _watch_addition(self, args: list) -> bool:
         """Note what put out the operands of an addition, and tell whether both are feature maps of convolutions."""
         operands = _tensors(args)
         if len(operands) != 2 or any(x.dim() != 4 or x.shape != operands[0].shape for x in operands):

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,7 @@ from .convert import (
 from .delta import estimate_delta
 from .errors import InputError
 from .hub import hub_id
+from .interception import InterceptedModule
 from .losses import box_loss, check_same_classes, distillation_loss, masked_mean
 from .modeling import load_teacher, num_classes, processor_of
 from .non_finite import (
@@ -57,6 +59,8 @@ from .teacher import TEACHER_DTYPES, Teacher
 from .teacher_cache import LOGITS, cache_teacher_logits
 from .training_args import SQAKDTrainingArguments
 
+
+logger = logging.getLogger(__name__)
 
 ARGUMENTS_FILE = "training_args.json"
 DELTAS_FILE = "deltas.json"  # of a checkpoint whose quantizers had theirs estimated
@@ -267,6 +271,12 @@ class SQAKDTrainer(Trainer):
             ):
                 if asked:
                     raise InputError(f"{option} needs whole weights: it does not work where they are sharded.")
+        for name, module in self.model.named_modules():
+            if "output_quantizer" in module._modules and not isinstance(module, InterceptedModule):
+                raise InputError(
+                    f"{name!r} was converted to {type(module).__name__} after it was quantized, and no longer "
+                    "quantizes its output. Convert the float model (SyncBatchNorm, say), then quantize it."
+                )
         if looks_inside and len(self.teacher.models) > 1:
             raise InputError(
                 f"The objective {self.args.objective!r} compares features: pass one teacher, not several."
@@ -630,7 +640,9 @@ class SQAKDTrainer(Trainer):
             if processor is not None:
                 processor.save_pretrained(folder)
         else:
-            super()._save(folder, state_dict)
+            # Safetensors takes no kernels in channels-last.
+            state = self.model.state_dict() if state_dict is None else state_dict
+            super()._save(folder, {name: tensor.contiguous() for name, tensor in state.items()})
         # JSON hides tokens; Trainer's training_args.bin is a pickle that holds them in clear.
         if os.path.exists(pickled := os.path.join(folder, "training_args.bin")):
             os.remove(pickled)
@@ -746,6 +758,8 @@ def _load_freezer(freezer: OscillationFreezer, folder: str) -> None:
     path = os.path.join(folder, FREEZER_FILE)
     if os.path.exists(path):
         freezer.load_state_dict(safetensors.torch.load_file(path))
+    else:
+        logger.warning("%s is of a training without oscillation_freezing: no weight is frozen yet.", folder)
 
 
 class _AfterOptimizerStep(TrainerCallback):

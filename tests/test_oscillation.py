@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from sqakd_hf import InputError, QuantizationConfig, calibrate_model, list_quantizers, quantize_model
@@ -150,15 +151,16 @@ class TestFreezing:
 
     def test_the_threshold_comes_down_with_the_training(self):
         shares = []
-        for progress in (0.0, 1.0):
-            layer, freezer = oscillating(threshold=0.3, momentum=0.5)
+        # The share of flips goes to 1. The threshold has 4, 1, 3.56 and 1.44 times its last value: half a cosine.
+        for progress, threshold in ((0.0, 0.3), (1.0, 0.3), (0.25, 0.3), (0.75, 0.6)):
+            layer, freezer = oscillating(threshold=threshold, momentum=0.5)
             scale = layer.weight_quantizer.qparams()[0]
             for step in range(20):
                 with torch.no_grad():
                     layer.weight[0, 0] = (0.4 if step % 2 else 0.6) * scale[0]
                 freezer.step(progress)
             shares.append(freezer.frozen_share())
-        assert shares == [0, 1 / 16]
+        assert shares == [0, 1 / 16, 0, 1 / 16]
 
     def test_held_weights_follow_their_range(self):
         layer, freezer = oscillating()
@@ -183,6 +185,23 @@ class TestFreezing:
         part.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-12"))
         assert_same_state(part.model, whole.model)
         assert part._freezer.frozen_share() == whole._freezer.frozen_share()
+
+    def test_checkpoints_of_weights_in_any_memory_format(self, tmp_path):
+        options = {"oscillation_freezing": 0.01, "channels_last": True, "save_strategy": "steps", "save_steps": 2}
+        trainer = make_trainer(tmp_path, config={"weight_bits": 2}, **options)
+        trainer.train()
+        tensors = load_file(tmp_path / "checkpoint-2" / "oscillations.safetensors")
+        assert tensors["body.0.frozen"].shape == trainer.model.body[0].weight.shape
+
+    def test_a_checkpoint_of_other_layers_or_without_is_told(self, tmp_path, caplog):
+        options = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
+        make_trainer(tmp_path / "a", config={"weight_bits": 2}, **options).train()
+        resumed = make_trainer(tmp_path / "b", config={"weight_bits": 2}, oscillation_freezing=0.01, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+        assert "is of a training without oscillation_freezing" in caplog.text
+        _, freezer = oscillating()
+        with pytest.raises(InputError, match="does not tell which weights of 2 are frozen"):
+            freezer.load_state_dict({"other.codes": torch.zeros(1)})
 
     @pytest.mark.parametrize("quantizer", ["dorefa", "pact", "statsq"])
     def test_weights_that_are_stretched_are_refused(self, quantizer, tmp_path):

@@ -28,6 +28,8 @@ class Block(nn.Module):
             x += shortcut
         elif self.style == "add":
             x = torch.add(x, shortcut)
+        elif self.style == "keyword":
+            x = torch.add(x, other=shortcut)
         elif self.style == "shared act":
             x = self.norm.bias[:, None, None] * 0 + self.act(x)  # an output of no module
             return self.act(x + shortcut)
@@ -59,7 +61,7 @@ def student_of(model, **config):
     return model.eval(), plan
 
 
-@pytest.mark.parametrize("style", ["add", "iadd", "operator"])
+@pytest.mark.parametrize("style", ["add", "iadd", "operator", "keyword"])
 def test_operands_and_sums_that_go_on_are_quantized_where_they_are_made(style):
     model = Net(style, style)
     plan = plan_quantization(model, QuantizationConfig(residual_bits=7, quantizer="ewgs"))
@@ -159,3 +161,11 @@ def test_networks_of_timm(name):
         "MaxPool2d",
         "InvertedResidual",
     }
+
+
+def test_a_module_that_was_converted_afterwards_is_found_out(tmp_path):
+    trainer = make_trainer(tmp_path, lambda: Net("iadd", "add"), {"residual_bits": 8}, size=16)
+    trainer.calibrate()
+    trainer.model = trainer.model_wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(trainer.model)
+    with pytest.raises(InputError, match=r"'blocks.0.norm' was converted to SyncBatchNorm after it was quantized"):
+        trainer.train()

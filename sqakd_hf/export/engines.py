@@ -1,7 +1,7 @@
 """Which layers of a student engines compute with integers: read off the graph that would be exported."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from .lowering import MOVES, Placement
 
 
 ENGINES = ("onnxruntime", "openvino", "tensorrt")
+PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 STORAGE = "packed integers are dequantized when the file is loaded"
 # TensorRT 10 quantizes activations to int8 with a zero point of 0 alone.
 UNSIGNED = "it wants int8 activations with a zero point of 0, and these are uint8"
@@ -82,27 +83,34 @@ class DeployReport:
 
 def kernels(graph: ir.Graph, placements: Sequence[Placement], container: str) -> tuple[Kernel, ...]:
     """Return a line for each weight of a lowered graph."""
-    users = {name: value for name, value in graph.initializers.items()}
+    users = graph.initializers
     found = []
     for placement in placements:
         if placement.kind != "weight":
             continue
-        dequantized = users[placement.tensor].uses()[0].node.outputs[0]
-        value = dequantized
-        while (node := value.uses()[0].node).op_type == "Sub":  # the shift of codes that have no zero
-            value = node.outputs[0]
-        found.append(_kernel(placement, node, container))
+        (dequantized,) = users[placement.tensor].uses()
+        each = [_kernel(placement, node, container) for node in _appliers(dequantized.node.outputs[0])]
+        # Where a layer is called several times, what is not so everywhere is not so.
+        found.append(next((kernel for kernel in each if kernel.onnxruntime or kernel.openvino), each[0]))
     return tuple(found)
+
+
+def _appliers(weight: ir.Value) -> Iterator[ir.Node]:
+    """Yield the nodes that apply a weight: past its shift, if it has one, and past what takes parts of it."""
+    for use in weight.uses():
+        if use.node.op_type in {"Sub", "Slice", "Split", *MOVES}:
+            for output in use.node.outputs:
+                yield from _appliers(output)
+        else:
+            yield use.node
 
 
 def _kernel(placement: Placement, node: ir.Node, container: str) -> Kernel:
     reason = STORAGE if container == "packed" else placement.reason and f"its weight has {placement.reason}"
-    if reason is None and node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
-        reason = _why_no_codes(node.inputs[0])
+    if reason is None and node.op_type not in PRODUCTS:
+        reason = f"{node.op_type} multiplies nothing"
+    reason = reason or _why_no_codes(node.inputs[0])
     if reason is not None:
-        return Kernel(placement.name, node.op_type, reason, reason, reason)
-    if node.op_type not in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
-        reason = f"{node.op_type} looks values up"
         return Kernel(placement.name, node.op_type, reason, reason, reason)
     return Kernel(placement.name, node.op_type, _why_not_onnxruntime(node), None, UNSIGNED)
 
@@ -124,6 +132,8 @@ def _why_not_onnxruntime(node: ir.Node) -> str | None:
     if node.op_type != "Conv":
         return None  # products of integers may put out floats
     users = Counter(use.node.op_type for use in node.outputs[0].uses())
+    if node.outputs[0].is_graph_output():
+        users["the output"] += 1
     if users == {"QuantizeLinear": 1}:
         return None
     if set(users) == {"QuantizeLinear"}:

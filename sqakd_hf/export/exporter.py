@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import stat
 import tempfile
 import warnings
 from dataclasses import asdict, dataclass
@@ -22,7 +23,9 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..convert import calibrate_model, is_calibrated, quantized_layers
 from ..errors import InputError, first_line, quote
+from ..hub import hub_id
 from ..modeling import Preprocessing, preprocessing
+from ..trace import example_images
 from .engines import DeployReport, kernels
 from .lowering import CONTAINERS, Placement, lower
 from .symbols import Symbolic
@@ -133,6 +136,7 @@ def export_onnx(
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(proto.SerializeToString())
+        os.chmod(temporary, _mode(path))  # that of temporary files is for their owner alone
         check = None
         if verify:
             check = verify_export(student, temporary, example, output_field=output_field)
@@ -144,6 +148,15 @@ def export_onnx(
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
     return ExportReport(path, path.stat().st_size, exported.opset_imports[""], tuple(placements), check)
+
+
+def _mode(path: Path) -> int:
+    """Return the permissions of the file at `path`, or those that a new one gets."""
+    if path.exists():
+        return stat.S_IMODE(path.stat().st_mode)
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def deploy_report(
@@ -195,8 +208,8 @@ def _student(model: nn.Module | str, container: str) -> nn.Module:
     if container not in CONTAINERS:
         raise InputError(f"container must be one of {quote(CONTAINERS)}, got {container!r}.")
     student = AutoModelForImageClassification.from_pretrained(model) if isinstance(model, str) else model
-    if not quantized_layers(student):
-        raise InputError("The model is not quantized. Export a student, see quantize_model.")
+    if not quantized_layers(student) or not hasattr(student, "quantization_plan"):
+        raise InputError("The model is no student of quantize_model. Quantize it with that, calibrate or train it.")
     return student
 
 
@@ -212,9 +225,16 @@ def _lowered(
 
 
 def _noise(student: nn.Module, expected: Preprocessing | None, image_size: int | None) -> torch.Tensor:
-    size = image_size or (expected.image_size if expected is not None else 224)
-    channels = len(expected.mean) if expected is not None else 3
-    return torch.randn(8, channels, size, size, generator=torch.Generator().manual_seed(0))
+    """Return eight images of noise; where the preprocessing is known, of pixels that an image can have."""
+    generator = torch.Generator().manual_seed(0)
+    if expected is None:
+        _, channels, *size = next(example_images(student, torch.device("cpu"))).shape
+        size = size if image_size is None else [image_size] * 2
+        return torch.randn(8, channels, *size, generator=generator)
+    size = image_size or expected.image_size
+    mean, std = (torch.tensor(values)[:, None, None] for values in (expected.mean, expected.std))
+    pixels = torch.randint(256, (8, len(mean), size, size), generator=generator)
+    return (pixels / 255 - mean) / std
 
 
 def _trace(student: nn.Module, example: torch.Tensor, dynamic_image_size: bool, output_field: str | None) -> ir.Model:
@@ -242,6 +262,13 @@ def _trace(student: nn.Module, example: torch.Tensor, dynamic_image_size: bool, 
                 f"{first_line(error.__cause__ or error)}"
             ) from error
     graph = program.model.graph
+    fixed = [i for i in dimensions if isinstance(graph.inputs[0].shape[i], int)]
+    if fixed:
+        what = "the number of images" if 0 in fixed else "the size of images"
+        raise InputError(
+            f"{type(student).__name__} fixes {what} when it is exported (by len(x), int(...) or a comparison in its "
+            "forward). Use x.shape[0] there" + (", or export without dynamic_image_size." if 0 not in fixed else ".")
+        )
     for value, name in zip(graph.outputs, OUTPUTS, strict=False):
         value.name = name
     return program.model
@@ -275,8 +302,8 @@ def _metadata(
         }
         labels = getattr(student.config, "id2label", None) or {}
         facts["labels"] = [labels[number] for number in sorted(labels)]
-        facts["source"] = getattr(student.config, "_name_or_path", "") or type(student).__name__
-        facts["quantization"] = json.loads(student.config.quantization_config.to_json_string(use_diff=False))
+        facts["source"] = hub_id(getattr(student.config, "_name_or_path", None)) or type(student).__name__
+        facts["quantization"] = student.config.quantization_config.to_dict()
     facts["versions"] = {name: _version(name) for name in ("sqakd_hf", "torch", "transformers", "timm")}
     return {f"sqakd.{name}": value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
 

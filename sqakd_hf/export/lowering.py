@@ -34,6 +34,7 @@ class Placement:
         factor, offset (`int`): `integer = factor * code + offset`; each channel of a weight may have a whole multiple
             of that, negative where the slope of the BatchNorm that was folded into it is.
         channel_axis (`int`, *optional*): The axis of a weight's output channels.
+        call (`int`): Which use of the quantizer it is, from 0, where a layer is called several times.
         reason (`str`, *optional*): Why the values are computed by float operations instead of DequantizeLinear.
     """
 
@@ -46,6 +47,7 @@ class Placement:
     offset: int = 0
     channel_axis: int | None = None
     reason: str | None = None
+    call: int = 0
 
 
 def lower(model: ir.Model, container: str) -> list[Placement]:
@@ -206,7 +208,8 @@ class _Weight:
         that 8 bits hold, the multiple is chosen for which the bias is nearest to a whole number.
         """
         conv, operand = _only_user(self.node.outputs[0]), self._operand()
-        if conv is None or conv.op_type != "Conv" or operand is None or len(conv.inputs) < 3 or conv.inputs[2] is None:
+        has_bias = conv is not None and len(conv.inputs) > 2 and conv.inputs[2] is not None
+        if not has_bias or conv.op_type != "Conv" or operand is None or not conv.inputs[2].is_initializer():
             return integers, step
         # Processors without instructions for products of 8 bits add two of them in 16: with 256 codes on the other
         # side, half must do.
@@ -242,7 +245,8 @@ class _Weight:
         norm = _only_user(conv.outputs[0])
         if norm is None or norm.op_type != "BatchNormalization":
             return None
-        return _BatchNorm(self.graph, conv, norm) if all(v.is_initializer() for v in norm.inputs[1:]) else None
+        constants = [*norm.inputs[1:], *(value for value in conv.inputs[2:] if value is not None)]
+        return _BatchNorm(self.graph, conv, norm) if all(value.is_initializer() for value in constants) else None
 
     def _write(
         self, integers: np.ndarray, scale: np.ndarray, container: str, reason: str | None
@@ -336,7 +340,7 @@ class _Activation:
         """Write the integers and what dequantizes them."""
         if self.is_binary:
             return self._lower_binary()
-        if (self.zero_point % 1).any():
+        if (self.zero_point % 1).any() or self.zero_point.min() < 0 or self.zero_point.max() >= self.levels:
             return self._lower_free_range()
         self.range = [
             self.graph.constant(f"{self.name}.scale", self.scale),
@@ -344,7 +348,11 @@ class _Activation:
         ]
         codes = self._codes(self.x)
         self._dequantize(codes, self.range)
-        return Placement(self.name, "activation", self.levels, "uint8", codes.name)
+        return self._placement("uint8", codes)
+
+    def _placement(self, storage: str, codes: ir.Value, **facts: int | str) -> Placement:
+        call = self.node.attributes["call"].as_int()
+        return Placement(self.name, "activation", self.levels, storage, codes.name, call=call, **facts)
 
     def _codes(self, x: ir.Value, first: int = 0, last: int = 255) -> ir.Value:
         """Return the codes of `x`, of which those before `first` and after `last` become these.
@@ -354,11 +362,10 @@ class _Activation:
         """
         producer = x.producer()
         if producer is not None and _only_user(x) is not None and self.axis < 0:
-            if producer.op_type in ("Relu", "Clip"):
-                lower, upper = _bounds(producer)
-                first = max(first, self._code(lower))
-                last = min(last, self._code(upper))
-                return self._codes(producer.inputs[0], min(first, last), last)
+            if (bounds := _bounds(producer)) is not None:
+                # The bound that comes later has the last word.
+                ends = (min(max(self._code(end), first), last) for end in bounds)
+                return self._codes(producer.inputs[0], *ends)
             if producer.op_type == "MaxPool" and len(producer.outputs) == 1:
                 return self._again(producer, [self._codes(producer.inputs[0], first, last)], x.shape)
             if producer.op_type == "Concat":
@@ -409,7 +416,7 @@ class _Activation:
         scales = self.graph.constant(f"{self.name}.scale", self.scale / 2)
         zeros = self.graph.constant(f"{self.name}.zero_point", np.full(self.scale.shape, 128, np.uint8))
         self._dequantize(codes, [scales, zeros])
-        return Placement(self.name, "activation", self.levels, "uint8", codes.name, 2, 127)
+        return self._placement("uint8", codes, factor=2, offset=127)
 
     def _lower_free_range(self) -> Placement:
         """Compute the values of a grid that does not hold zero as the quantizer does, in float."""
@@ -429,16 +436,15 @@ class _Activation:
         value = self.graph.insert(self.node, "Mul", [value, scales], f"{self.name}.value", shape=shape)
         self.graph.replace(self.node, value)
         reason = "a range that does not hold zero (integer_zero_point=False)"
-        return Placement(self.name, "activation", self.levels, "float", codes.name, reason=reason)
+        return self._placement("float", codes, reason=reason)
 
 
-def _bounds(node: ir.Node) -> tuple[float, float]:
-    """Return the ends between which a Relu or Clip holds its input."""
+def _bounds(node: ir.Node) -> tuple[float, float] | None:
+    """Return the ends between which a Relu, or a Clip with constant ends, holds its input; `None` for other nodes."""
     if node.op_type == "Relu":
         return 0.0, np.inf
-    ends = [*node.inputs[1:], None, None][:2]
-    lower, upper = (None if end is None else end.const_value for end in ends)
-    return (
-        -np.inf if lower is None else float(lower.numpy()),
-        np.inf if upper is None else float(upper.numpy()),
-    )
+    given = [*node.inputs[1:], None, None][:2]
+    if node.op_type != "Clip" or any(end is not None and end.const_value is None for end in given):
+        return None
+    lower, upper = (None if end is None else float(_array(end)) for end in given)
+    return -np.inf if lower is None else lower, np.inf if upper is None else upper

@@ -1,6 +1,7 @@
 """A student as the exporter sees it: each quantizer one symbol of the graph, each weight its codes."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -33,24 +34,28 @@ class Symbolic(nn.Module):
         super().__init__()
         self.student = copy.deepcopy(student).to("cpu", torch.float32).eval()
         self.output_field = output_field
+        self._calls: Counter[str] = Counter()
         for name, quantizer in list(self.student.named_modules()):
             if isinstance(quantizer, FakeQuantizer) and quantizer.role == "activation":
-                quantizer.forward = _quantizing(quantizer, name)
+                quantizer.forward = _quantizing(quantizer, name, self._calls)
         for name, layer in quantized_layers(self.student).items():
             layer.quantized_weight = _dequantizing(layer, name)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self._calls.clear()
         prediction = predict(self.student, {"pixel_values": pixel_values}, self.output_field)
         return (prediction.logits,) if prediction.boxes is None else (prediction.logits, prediction.boxes)
 
 
-def _quantizing(quantizer: FakeQuantizer, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+def _quantizing(quantizer: FakeQuantizer, name: str, calls: "Counter[str]") -> Callable[[torch.Tensor], torch.Tensor]:
     _hold_range(quantizer, quantizer)
     attributes = _attributes(quantizer, name)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         inputs = (x, quantizer.export_scale, quantizer.export_zero_point)
-        return torch.onnx.ops.symbolic(f"{DOMAIN}::{QUANTIZE}", inputs, attributes, dtype=x.dtype, shape=x.shape)
+        own = {**attributes, "call": calls[name]}  # of a layer that is used several times
+        calls[name] += 1
+        return torch.onnx.ops.symbolic(f"{DOMAIN}::{QUANTIZE}", inputs, own, dtype=x.dtype, shape=x.shape)
 
     return forward
 

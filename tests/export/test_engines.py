@@ -100,5 +100,30 @@ def test_bytes_are_those_of_the_file(tmp_path):
 
 
 def test_a_float_model_is_refused():
-    with pytest.raises(InputError, match="The model is not quantized"):
+    with pytest.raises(InputError, match="is no student of quantize_model"):
         deploy_report(nn.Sequential(nn.Conv2d(3, 4, 3)))
+
+
+class Attends(nn.Module):
+    """Cross-attention, whose in-projection is one weight in three parts, and a convolution that is the output."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.query = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, pixel_values):
+        x = self.stem(pixel_values)
+        tokens = x.flatten(2).transpose(1, 2)
+        attended = self.attention(self.query(tokens), tokens, tokens)[0]
+        return self.head(attended.transpose(1, 2).reshape(x.shape))
+
+
+def test_parts_of_a_weight_and_a_convolution_that_is_the_output():
+    kernels = {
+        kernel.layer: kernel for kernel in deploy_report(student_of(Attends(), weight_bits=4), image_size=16).kernels
+    }
+    assert kernels["attention"].operator == "MatMul" and kernels["attention"].openvino is None
+    assert kernels["head"].onnxruntime.endswith("goes to the output in float")

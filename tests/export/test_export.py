@@ -9,8 +9,10 @@ import pytest
 import torch
 from onnx import numpy_helper
 from torch import nn
+from transformers import YolosConfig, YolosForObjectDetection
 
 from sqakd_hf import (
+    ExportCheck,
     ExportMismatchError,
     InputError,
     QuantizationConfig,
@@ -76,6 +78,14 @@ def operators(path):
     return [node.op_type for node in onnx.load(path).graph.node]
 
 
+def change(proto, name, function):
+    """Replace an initialiser by what `function` makes of it."""
+    tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == name)
+    before = numpy_helper.to_array(tensor)
+    after = np.asarray(function(before)).astype(before.dtype)
+    tensor.CopyFrom(numpy_helper.from_array(after, name))
+
+
 def run(path, images, level="ORT_ENABLE_ALL"):
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
@@ -124,10 +134,32 @@ class TestRanges:
         assert "integer_zero_point=False" in str(report) and "zero point of its own for each channel" in str(report)
         assert sum(report.check.differing.values()) <= 3
 
-    @pytest.mark.parametrize("axis", [0, 1])
-    def test_of_weights_in_one(self, axis, tmp_path):
+    def test_of_a_whole_weight(self, tmp_path):
         student = student_of(TinyConvNet(), per_channel=False, weight_bits=4)
         assert export_onnx(student, tmp_path / "a.onnx", images=noise()).check.wrong_weights == []
+
+    def test_that_are_whole_and_hold_no_zero(self, tmp_path):
+        student = student_of(TinyConvNet(), quantizer="ewgs", activation_bits=4, integer_zero_point=False)
+        quantizer = student.body[0].input_quantizer
+        with torch.no_grad():
+            quantizer.lower.fill_(1.0)
+            quantizer.upper.fill_(1.0 + 15 * 0.125)
+        assert quantizer.qparams()[1].item() == -8
+        report = export_onnx(student, tmp_path / "a.onnx", images=noise())
+        assert "body.0.input_quantizer" in {placement.name for placement in report.in_float}
+
+    @pytest.mark.parametrize("quantizer", list_quantizers())
+    def test_pixels_that_are_ties_get_the_same_codes(self, quantizer, tmp_path):
+        """8-bit images normalised to [-1, 1] lie between the codes of that range, each of them."""
+        generator = torch.Generator().manual_seed(0)
+        images = (torch.randint(256, (8, 3, IMAGE_SIZE, IMAGE_SIZE), generator=generator) / 255 - 0.5) / 0.5
+        images[0, 0, 0, :2] = torch.tensor([-1.0, 1.0])
+        model = TinyConvNet().train()
+        model(images)
+        quantize_model(model, QuantizationConfig(quantizer, weight_bits=4, quantizer_kwargs={"first_range": "method"}))
+        calibrate_model(model, [images], disable_progress=True)
+        report = export_onnx(model.eval(), tmp_path / "a.onnx", images=images)
+        assert report.check.differing.get("stem.0.input_quantizer", 0) == 0
 
 
 class Bounded(nn.Module):
@@ -185,6 +217,31 @@ class TestPlacement:
         student = student_of(Residual(), weight_bits=4)
         report = export_onnx(student, tmp_path / "a.onnx", images=noise())
         assert sum(report.check.differing.values()) <= 3 and "Relu" in operators(tmp_path / "a.onnx")
+
+
+class Shared(nn.Module):
+    """Layers that are called several times, whose results are equal or not used."""
+
+    num_classes = 4
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.twice = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, pixel_values):
+        first = self.stem(pixel_values)
+        x = self.twice(first) + self.twice(first)
+        heads = [self.head(features.mean((2, 3))) for features in (first, self.twice(x.relu()))]
+        return heads[-1]
+
+
+def test_layers_that_are_called_several_times(tmp_path):
+    report = export_onnx(student_of(Shared(), weight_bits=4, activation_bits=4), tmp_path / "a.onnx", images=noise())
+    assert sum(report.check.differing.values()) <= 3 and report.check.agreement == 1
+    calls = [placement.call for placement in report.placements if placement.name == "twice.input_quantizer"]
+    assert sorted(calls) == [0, 1, 2]
 
 
 class TestBatchNorm:
@@ -267,10 +324,7 @@ class TestFile:
         assert not verify_export(student, reports["int8"].path, images).wrong_weights
         proto = onnx.load(reports["int8"].path)
         placement = next(p for p in reports["int8"].placements if p.kind == "weight" and p.levels == 16)
-        tensor = next(t for t in proto.graph.initializer if t.name == placement.tensor)
-        values = numpy_helper.to_array(tensor).copy()
-        values.flat[7] += 1
-        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+        change(proto, placement.tensor, lambda values: values + (np.arange(values.size).reshape(values.shape) == 7))
         onnx.save(proto, tmp_path / "changed.onnx")
         check = verify_export(student, tmp_path / "changed.onnx", images)
         assert check.wrong_weights == [placement.name]
@@ -281,13 +335,29 @@ class TestFile:
         student, reports = exported[4]
         proto = onnx.load(reports["int8"].path)
         quantizer = next(p.name for p in reports["int8"].placements if p.kind == "activation" and p.levels == 16)
-        tensor = next(t for t in proto.graph.initializer if t.name == f"{quantizer}.scale")
-        tensor.CopyFrom(numpy_helper.from_array(1.1 * numpy_helper.to_array(tensor), tensor.name))
+        change(proto, f"{quantizer}.scale", lambda scale: 1.1 * scale)
         onnx.save(proto, tmp_path / "changed.onnx")
         check = verify_export(student, tmp_path / "changed.onnx", noise(size=32))
         assert check.differing[quantizer] > 100
-        with pytest.raises(ExportMismatchError, match="share of differing codes"):
+        with pytest.raises(ExportMismatchError, match="differing codes of one quantizer"):
             check.require()
+
+    def test_a_number_that_is_none_is_found_out(self, exported, tmp_path):
+        student, reports = exported[4]
+        proto = onnx.load(reports["int8"].path)
+        change(proto, "timm_model.fc.weight_scale", lambda scale: np.full_like(scale, np.nan))
+        onnx.save(proto, tmp_path / "changed.onnx")
+        check = verify_export(student, tmp_path / "changed.onnx", noise(size=32))
+        with pytest.raises(ExportMismatchError, match="relative difference of logits on equal codes nan"):
+            check.require()
+
+    def test_others_may_read_it_as_the_folder_says(self, exported, tmp_path):
+        student, reports = exported[4]
+        (tmp_path / "usual").touch()
+        assert reports["int8"].path.stat().st_mode == (tmp_path / "usual").stat().st_mode
+        (tmp_path / "own.onnx").touch(0o600)
+        report = export_onnx(student, tmp_path / "own.onnx", verify=False, image_size=32)
+        assert report.path.stat().st_mode & 0o777 == 0o600
 
     def test_of_another_student_is_refused(self, exported, tmp_path):
         other = student_of(TinyConvNet())
@@ -320,8 +390,53 @@ class TestModels:
         with torch.no_grad():
             torch.testing.assert_close(run(tmp_path / "a.onnx", images, "ORT_DISABLE_ALL"), student(images))
 
+    def test_a_detector_and_a_change_of_its_boxes(self, tmp_path):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        config = YolosConfig(image_size=[32, 32], patch_size=8, num_detection_tokens=4, num_labels=3, **sizes)
+        student = student_of(YolosForObjectDetection(config), 32, weight_bits=4)
+        path = tmp_path / "a.onnx"
+        export_onnx(student, path, images=noise(size=32))
+        assert [value.name for value in onnx.load(path).graph.output] == ["logits", "pred_boxes"]
+        proto = onnx.load(path)
+        producer = {output: node for node in proto.graph.node for output in node.output}
+        boxes = producer[producer["pred_boxes"].input[0]]  # the sum in front of the sigmoid
+        bias = next(name for name in boxes.input if name not in producer)
+        change(proto, bias, lambda values: values + 5)
+        onnx.save(proto, tmp_path / "changed.onnx")
+        with pytest.raises(ExportMismatchError, match="relative difference of logits on equal codes"):
+            verify_export(student, tmp_path / "changed.onnx", noise(size=32)).require()
+
+    def test_one_channel_and_no_name_of_this_machine(self, tmp_path):
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.LazyLinear(4))
+        model(torch.randn(2, 1, 28, 28))
+        quantize_model(model)
+        calibrate_model(model, [torch.randn(4, 1, 28, 28)], disable_progress=True)
+        report = export_onnx(model.eval(), tmp_path / "a.onnx", image_size=28)
+        assert report.check.images == 8
+        student = student_of(tiny_vit())
+        student.save_pretrained(tmp_path / "student")
+        export_onnx(str(tmp_path / "student"), tmp_path / "b.onnx", verify=False)
+        assert str(tmp_path).encode() not in (tmp_path / "b.onnx").read_bytes()
+
 
 class TestErrors:
+    def test_a_forward_that_fixes_the_number_of_images(self, tmp_path):
+        class Fixed(TinyConvNet):
+            def forward(self, x):
+                return super().forward(x) + torch.zeros(1, 1).expand(len(x), -1)
+
+        student = student_of(Fixed())
+        with pytest.raises(InputError, match="Fixed fixes the number of images when it is exported"):
+            export_onnx(student, tmp_path / "a.onnx", images=noise())
+        assert list(tmp_path.iterdir()) == []
+
+    def test_one_quantizer_that_is_wrong_among_many_codes(self):
+        check = ExportCheck(images=8, compared={"small": 24, "large": 10**7}, differing={"small": 8})
+        with pytest.raises(ExportMismatchError, match="differing codes of one quantizer 8"):
+            check.require()
+        ExportCheck(images=8, compared={"small": 24, "large": 10**7}, differing={"small": 3, "large": 900}).require()
+
     def test_leave_no_file(self, tmp_path, monkeypatch):
         monkeypatch.setattr(verification, "MAX_LOGIT_DIFFERENCE", -1.0)
         with pytest.raises(ExportMismatchError, match="relative difference of logits"):
@@ -336,7 +451,7 @@ class TestErrors:
                 lambda s, f: export_onnx(s, f / "a.onnx", "int4"),
                 "container must be one of 'int8', 'packed', got 'int4'",
             ),
-            (lambda s, f: export_onnx(TinyConvNet(), f / "a.onnx"), "The model is not quantized"),
+            (lambda s, f: export_onnx(TinyConvNet(), f / "a.onnx"), "is no student of quantize_model"),
             (lambda s, f: export_onnx(s, f / "a.onnx", images=noise(size=15)), "can't be exported at"),
         ],
     )

@@ -68,6 +68,20 @@ def forward_is_quantize_then_dequantize(name, role):
                 assert torch.equal((codes.float() - zero_point.view(shape)) * scale.view(shape), y), quantizer
 
 
+def whole_zero_points_are_added_after_rounding(name, role):
+    """As QuantizeLinear of ONNX does: ties go to the even multiple of the scale, whatever the zero point."""
+    for quantizer, x in cases(name, role, axes=(None,)):
+        scale, zero_point = quantizer.qparams()
+        if quantizer.binary or zero_point % 1 or isinstance(quantizer, DoReFaWeight):
+            continue
+        steps = torch.cat([torch.arange(-300, 300) + 0.5, x.flatten() / scale])
+        data = steps * scale
+        expected = (torch.round(data / scale) + zero_point).clamp(0, quantizer.levels - 1)
+        quantizer.eval()
+        assert torch.equal(quantizer.quantize(data).float(), expected), quantizer
+        assert torch.equal(quantizer(data), (expected - zero_point) * scale), quantizer
+
+
 def codes_are_bytes_from_zero_to_the_last_level(name, role):
     extremes = torch.tensor([-1e6, 1e6, -1e6, 1e6]).expand(SHAPE)
     for quantizer, x in cases(name, role):
@@ -386,6 +400,7 @@ def the_whole_quantizer_compiles_into_one_graph(name, role):
 
 LAWS = [
     forward_is_quantize_then_dequantize,
+    whole_zero_points_are_added_after_rounding,
     codes_are_bytes_from_zero_to_the_last_level,
     values_are_fixed_points,
     one_bit_signed_values_are_plus_and_minus_one_scale,
