@@ -303,7 +303,8 @@ def _metadata(
         labels = getattr(student.config, "id2label", None) or {}
         facts["labels"] = [labels[number] for number in sorted(labels)]
         facts["source"] = hub_id(getattr(student.config, "_name_or_path", None)) or type(student).__name__
-        facts["quantization"] = student.config.quantization_config.to_dict()
+        stated = student.config.quantization_config.to_dict()
+        facts["quantization"] = {name: value for name, value in stated.items() if name != "stored"}
     facts["versions"] = {name: _version(name) for name in ("sqakd_hf", "torch", "transformers", "timm")}
     return {f"sqakd.{name}": value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
 

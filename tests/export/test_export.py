@@ -417,6 +417,8 @@ class TestModels:
         student = student_of(tiny_vit())
         student.save_pretrained(tmp_path / "student")
         export_onnx(str(tmp_path / "student"), tmp_path / "b.onnx", verify=False)
+        facts = {entry.key: entry.value for entry in onnx.load(tmp_path / "b.onnx").metadata_props}
+        assert "stored" not in json.loads(facts["sqakd.quantization"])
         assert str(tmp_path).encode() not in (tmp_path / "b.onnx").read_bytes()
 
 
