@@ -1,4 +1,4 @@
-"""The teacher as training uses it: one or several frozen models, in a precision of their own."""
+"""The teacher as training uses it: one or several models without gradients, in a precision of their own."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ class Teacher:
     """Frozen models whose mean distribution a student learns.
 
     Args:
-        models (list of `nn.Module`): Put in eval mode, frozen and moved to `device`, in place. They are not wrapped:
+        models (list of `nn.Module`): Put in eval mode and moved to `device`, in place. They are not wrapped:
             every process holds them whole.
         device (`torch.device`): Where they run.
         dtype (`torch.dtype`): What matrix products and convolutions compute in, by autocast; parameters stay as they
@@ -35,7 +35,8 @@ class Teacher:
         channels_last: bool = False,
         compile_options: dict[str, Any] | None = None,
     ):
-        self.models = [model.requires_grad_(False).eval().to(device) for model in models]
+        # Not frozen: it runs without gradients, and a student copied from it later is to train.
+        self.models = [model.eval().to(device) for model in models]
         if channels_last:
             self.models = [model.to(memory_format=torch.channels_last) for model in self.models]
         self.device, self.dtype = device, dtype

@@ -105,8 +105,8 @@ class SQAKDTrainer(Trainer):
             calibrates it first.
         teacher_model (`nn.Module`, `str` or a list of them): The full-precision model, or a name for
             [`load_teacher`]; of any architecture with the same classes. The student learns the mean of the
-            distributions of several. Teachers stay outside the student: frozen, in eval mode, neither saved nor
-            optimised.
+            distributions of several. Teachers stay outside the student: in eval mode, without gradients, neither
+            saved nor optimised.
         args (`SQAKDTrainingArguments`, *optional*): Training arguments.
         train_dataset, eval_dataset: Datasets that yield `pixel_values` `(C, H, W)` and, optionally, `labels`.
         **kwargs: All else that [`~transformers.Trainer`] takes.

@@ -90,7 +90,16 @@ class TestModels:
     def test_the_forward_of_the_users_model_is_not_replaced(self, tmp_path):
         trainer = make_trainer(tmp_path, bf16=True)
         assert "forward" not in vars(trainer.teacher.models[0])
-        assert not any(parameter.requires_grad for parameter in trainer.teacher.models[0].parameters())
+        assert all(parameter.requires_grad for parameter in trainer.teacher.models[0].parameters())
+
+    def test_a_student_that_is_copied_from_it_afterwards_trains(self, tmp_path):
+        teacher = make_trainer(tmp_path / "first").teacher.models[0]
+        student = copy.deepcopy(teacher)
+        quantize_model(student, QuantizationConfig())
+        before = copy.deepcopy(student.state_dict())
+        SQAKDTrainer(student, teacher, arguments(tmp_path / "second"), Images()).train()
+        weights = [name for name, parameter in student.named_parameters() if name.endswith(".weight")]
+        assert weights and all(not torch.equal(student.get_parameter(name), before[name]) for name in weights)
 
     def test_compiled_models_give_the_same_logits(self):
         torch.manual_seed(0)

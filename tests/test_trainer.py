@@ -103,7 +103,7 @@ class TestTraining:
         assert still == ["stem.0.input_quantizer.lower", "stem.0.input_quantizer.upper"]  # images do not change
         assert all(torch.equal(value, teacher[name]) for name, value in trainer.teacher.models[0].state_dict().items())
         assert not trainer.teacher.models[0].training
-        assert not any(parameter.requires_grad for parameter in trainer.teacher.models[0].parameters())
+        assert all(parameter.grad is None for parameter in trainer.teacher.models[0].parameters())
 
     def test_the_loss_falls(self, tmp_path):
         trainer = make_trainer(tmp_path, num_train_epochs=15)
