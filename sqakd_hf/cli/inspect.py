@@ -9,13 +9,13 @@ For a float model it is what the quantization arguments would make of it. Kernel
 """
 
 import argparse
-import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
+from ..errors import InputError
 from .quantization_arguments import QuantizationArguments
 from .students import student_or_plan
 
@@ -42,13 +42,14 @@ def main(argv: Sequence[str]) -> None:
     options, quantization = parser.parse_args_into_dataclasses(model)
     student = student_or_plan(options.model, quantization.to_config(), options.image_size, options.num_labels)
     plan = student.quantization_plan
-    deploy = None
-    if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
+    deploy, missing = None, ""
+    try:
         from ..export import deploy_report
-
+    except InputError as error:
+        missing = f"Kernels of engines are not told. {error}"
+    else:
         deploy = deploy_report(student, options.container, image_size=options.image_size)
     if options.json:
         print(json.dumps({"plan": plan.to_dict(), "deploy": None if deploy is None else deploy.to_dict()}, indent=2))
         return
-    print(plan)
-    print("" if deploy is None else f"\n{deploy}")
+    print(f"{plan}\n\n{missing or deploy}")

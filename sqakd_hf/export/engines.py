@@ -83,12 +83,11 @@ class DeployReport:
 
 def kernels(graph: ir.Graph, placements: Sequence[Placement], container: str) -> tuple[Kernel, ...]:
     """Return a line for each weight of a lowered graph."""
-    users = graph.initializers
     found = []
     for placement in placements:
         if placement.kind != "weight":
             continue
-        (dequantized,) = users[placement.tensor].uses()
+        (dequantized,) = graph.initializers[placement.tensor].uses()
         each = [_kernel(placement, node, container) for node in _appliers(dequantized.node.outputs[0])]
         # Where a layer is called several times, what is not so everywhere is not so.
         found.append(next((kernel for kernel in each if kernel.onnxruntime or kernel.openvino), each[0]))

@@ -19,12 +19,12 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 from torch import nn
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..convert import calibrate_model, is_calibrated, quantized_layers
 from ..errors import InputError, first_line, quote
 from ..hub import hub_id
-from ..modeling import Preprocessing, preprocessing
+from ..modeling import Preprocessing, load_teacher, preprocessing
 from ..trace import example_images
 from .engines import DeployReport, kernels
 from .lowering import CONTAINERS, Placement, lower
@@ -207,7 +207,7 @@ def open_session(path: str | os.PathLike) -> tuple[onnxruntime.InferenceSession,
 def _student(model: nn.Module | str, container: str) -> nn.Module:
     if container not in CONTAINERS:
         raise InputError(f"container must be one of {quote(CONTAINERS)}, got {container!r}.")
-    student = AutoModelForImageClassification.from_pretrained(model) if isinstance(model, str) else model
+    student = load_teacher(model) if isinstance(model, str) else model
     if not quantized_layers(student) or not hasattr(student, "quantization_plan"):
         raise InputError("The model is no student of quantize_model. Quantize it with that, calibrate or train it.")
     return student

@@ -78,6 +78,14 @@ class TestInspect:
         assert plan["residuals"] and {layer["weight_bits"] for layer in plan["layers"]} == {3, 8}
         assert plan["layers"][-1]["num_weights"] % 7 == 0
 
+    def test_without_the_packages_of_the_export_it_says_what_is_missing(self):
+        code = (
+            "import sys; sys.modules['onnxruntime'] = None\n"
+            "from sqakd_hf.cli import main; main(['inspect', 'timm/test_resnet'])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert "W2A2" in done.stdout and "Kernels of engines are not told. Exporting to ONNX needs" in done.stdout
+
 
 class TestMain:
     def test_help_names_every_command_and_each_explains_itself(self, capsys):

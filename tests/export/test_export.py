@@ -449,6 +449,7 @@ class TestErrors:
         ("change", "message"),
         [
             (lambda s, f: export_onnx(s, f / "none" / "a.onnx"), "does not exist: make it"),
+            (lambda s, f: export_onnx(str(f / "nowhere"), f / "a.onnx"), "nowhere"),
             (
                 lambda s, f: export_onnx(s, f / "a.onnx", "int4"),
                 "container must be one of 'int8', 'packed', got 'int4'",
