@@ -12,11 +12,12 @@ import contextlib
 import copy
 import functools
 
-from measure import Step, begin, interleaved, parser_of_steps, ratios
+from measure import Step, begin, parser_of_steps
 from torch import nn
 from train_step import FLOAT, NETWORKS, build, student_of
 
 from sqakd_hf.accumulation import SharedWeights
+from sqakd_hf.timing import interleaved, ratios
 
 
 BATCHES = 4

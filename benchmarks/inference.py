@@ -14,18 +14,17 @@ import copy
 import functools
 import importlib.util
 import tempfile
-import warnings
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-import onnxruntime
 import torch
-from measure import begin, interleaved, parser_of_steps, ratios
+from measure import begin, parser_of_steps
 from torch import nn
 
 from sqakd_hf import QuantizationConfig, build_model, calibrate_model, export_onnx, quantize_model
 from sqakd_hf.convert import dequantize_model
+from sqakd_hf.export.latency import REPEATS, Run, engine_runs, export_float, repeat
+from sqakd_hf.timing import interleaved, ratios
 
 
 NETWORKS = {
@@ -38,9 +37,7 @@ NETWORKS = {
 SIZES = {"ResNet-20": 32}
 WITHOUT_RESIDUALS = ("ViT-tiny",)  # of convolutions
 WIDTHS = (8, 4)
-REPEATS = 5  # so that most runs find their weights in the caches, as where one model runs
 FLOAT = "PyTorch, float32"
-Run = Callable[[], object]
 
 
 def main() -> None:
@@ -91,12 +88,6 @@ def measure(name: str, batch: int, options: argparse.Namespace) -> None:
         print(f"| {variant} | {median:.2f} ± {spread:.2f} |", flush=True)
 
 
-def repeat(run: Run) -> None:
-    """Run one batch several times."""
-    for _ in range(REPEATS):
-        run()
-
-
 def student_of(model: nn.Module, size: int, bits: int, residual_bits: int | None) -> nn.Module:
     """Return a calibrated student in eval mode."""
     student = copy.deepcopy(model)
@@ -107,51 +98,10 @@ def student_of(model: nn.Module, size: int, bits: int, residual_bits: int | None
     return student.eval()
 
 
-class Logits(nn.Module):
-    """The model's logits alone, for the exporter."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model(pixel_values=pixel_values).logits
-
-
-def export_float(model: nn.Module, images: torch.Tensor, path: Path) -> None:
-    """Write the float network as the students are written."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        example = images[:1].repeat(2, 1, 1, 1)
-        shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1)}}
-        torch.onnx.export(
-            Logits(model),
-            (example,),
-            path,
-            dynamo=True,
-            input_names=["pixel_values"],
-            dynamic_shapes=shapes,
-            verbose=False,
-        )
-
-
 def engines_of(path: Path, images: torch.Tensor, what: str, threads: int) -> dict[str, Run]:
-    """Return what runs a file in each engine that is installed."""
-    pixels = images.numpy()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    runs: dict[str, Run] = {f"ONNX Runtime, {what}": lambda: session.run(None, {"pixel_values": pixels})}
-    if importlib.util.find_spec("openvino"):
-        import openvino
-
-        core = openvino.Core()
-        hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-        if what == "float32":
-            hints["INFERENCE_PRECISION_HINT"] = "f32"  # else it computes in bfloat16 where the processor can
-        request = core.compile_model(core.read_model(path), "CPU", hints).create_infer_request()
-        runs[f"OpenVINO, {what}"] = lambda: request.infer({0: pixels})
-    return runs
+    """Return what runs a file in each engine, by a line's name."""
+    runs = engine_runs(path, images, threads, in_float32=what == "float32")
+    return {f"{engine}, {what}": run for engine, run in runs.items()}
 
 
 if __name__ == "__main__":

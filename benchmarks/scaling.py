@@ -12,13 +12,14 @@ import copy
 import logging
 
 import torch
-from measure import SavedBytes, Step, interleaved, machine, ratios
+from measure import SavedBytes, Step, machine
 from sqakd_step import learn_from
 from torch import nn
 from train_step import student_of
 
 from sqakd_hf import build_model
 from sqakd_hf.teacher import Teacher
+from sqakd_hf.timing import interleaved, ratios
 
 
 # Name: architecture, side of the images in pixels, batch.

@@ -12,12 +12,13 @@ import argparse
 import copy
 
 import torch
-from measure import Step, begin, interleaved, parser_of_steps, ratios
+from measure import Step, begin, parser_of_steps
 from torch import nn
 from train_step import FLOAT, NETWORKS, build, student_of
 
 from sqakd_hf import distillation_loss
 from sqakd_hf.teacher import Teacher
+from sqakd_hf.timing import interleaved, ratios
 
 
 FLOOR = "floor: float32 student, float32 teacher"

@@ -15,12 +15,13 @@ import copy
 import functools
 
 import torch
-from measure import Step, begin, interleaved, parser_of_steps, ratios, without_compiler
+from measure import Step, begin, parser_of_steps, without_compiler
 from peers import build_peers
 from torch import nn
 
 from sqakd_hf import QuantizationConfig, build_model, calibrate_model, quantize_model
 from sqakd_hf.recompute import recompute_quantized
+from sqakd_hf.timing import interleaved, ratios
 
 
 FLOAT, COMPILED_FLOAT = "float32", "torch.compile(float32)"

@@ -17,7 +17,16 @@ from .quantizers import FakeQuantizer, create_quantizer, list_quantizers, regist
 if TYPE_CHECKING:
     from .collator import ImageCollator
     from .data import ImageData, load_image_data, split_holdout
-    from .export import DeployReport, ExportCheck, ExportReport, deploy_report, export_onnx, verify_export
+    from .export import (
+        DeployReport,
+        ExportCheck,
+        ExportReport,
+        LatencyReport,
+        deploy_report,
+        export_onnx,
+        measure_latency,
+        verify_export,
+    )
     from .interrupt import InterruptCallback
     from .metrics import TeacherAgreement, TeacherDivergence, TopKAccuracy
     from .modeling import WeightsNotFoundError, build_model, load_teacher
@@ -38,6 +47,7 @@ __all__ = [
     "ImageTransform",
     "InputError",
     "InterruptCallback",
+    "LatencyReport",
     "LayerPlan",
     "QuantizationConfig",
     "QuantizationPlan",
@@ -60,6 +70,7 @@ __all__ = [
     "list_quantizers",
     "load_image_data",
     "load_teacher",
+    "measure_latency",
     "plan_quantization",
     "quantize_model",
     "quantized_layers",
@@ -80,6 +91,8 @@ _LAZY = {
     "ExportCheck": "export",
     "ExportReport": "export",
     "export_onnx": "export",
+    "LatencyReport": "export",
+    "measure_latency": "export",
     "verify_export": "export",
     "InterruptCallback": "interrupt",
     "TeacherAgreement": "metrics",

@@ -15,7 +15,7 @@ import sqakd_hf
 ROOT = Path(sqakd_hf.__file__).parent
 # A module imports from lower layers only; the modules of the package `quantizers` count as one.
 LAYERS = [
-    {"errors", "functional", "hub", "recompute"},
+    {"errors", "functional", "hub", "recompute", "timing"},
     {"losses", "feature_losses", "quantizers", "packing", "checkpoint", "models", "stream"},
     {"metrics", "layers", "configuration", "outputs", "teacher_cache"},
     {"standardized", "multihead", "interception", "teacher", "collator", "accumulation", "oscillation"},

@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": "measure a student, or its ONNX file, on images",
     "inspect": "show what is quantized, in how many bytes, and what engines will make of it",
     "export": "write a student to an ONNX file that computes with the same integers",
+    "benchmark": "time the float network, the student and its ONNX file side by side",
 }
 
 

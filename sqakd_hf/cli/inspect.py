@@ -8,15 +8,12 @@ For a float model it is what the quantization arguments would make of it. Kernel
 `pip install sqakd-hf[onnx]` was done.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from transformers import HfArgumentParser
-
 from ..errors import InputError
-from .quantization_arguments import QuantizationArguments
+from .quantization_arguments import parse_with_quantization
 from .students import student_or_plan
 
 
@@ -31,15 +28,7 @@ class InspectArguments:
 
 def main(argv: Sequence[str]) -> None:
     """Run the command."""
-    parser = HfArgumentParser(
-        (InspectArguments, QuantizationArguments),
-        prog="sqakd inspect",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    # The model is a positional argument here as in the other commands.
-    model = [f"--model={argv[0]}", *argv[1:]] if argv and not argv[0].startswith("-") else argv
-    options, quantization = parser.parse_args_into_dataclasses(model)
+    options, quantization = parse_with_quantization(InspectArguments, "sqakd inspect", __doc__, argv)
     student = student_or_plan(options.model, quantization.to_config(), options.image_size, options.num_labels)
     plan = student.quantization_plan
     deploy, missing = None, ""

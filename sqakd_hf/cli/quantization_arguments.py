@@ -1,8 +1,12 @@
 """What commands ask about the quantization."""
 
+import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from transformers import HfArgumentParser
 
 from ..configuration import QuantizationConfig
 from ..errors import InputError
@@ -38,6 +42,24 @@ class QuantizationArguments:
         for name in ("overrides", "quantizer_kwargs"):
             options[name] = parse_json(name, options[name])
         return QuantizationConfig(**options)
+
+
+def parse_with_quantization(
+    kind: type, program: str, description: str | None, argv: Sequence[str]
+) -> tuple[Any, QuantizationArguments]:
+    """Return a command's own arguments, an instance of `kind`, and those of the quantization.
+
+    The model is a positional argument, as in the commands that do not ask about the quantization.
+    """
+    parser = HfArgumentParser(
+        (kind, QuantizationArguments),
+        prog=program,
+        usage=f"{program} MODEL [--ARGUMENT VALUE ...]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    model = [f"--model={argv[0]}", *argv[1:]] if argv and not argv[0].startswith("-") else argv
+    return parser.parse_args_into_dataclasses(model)
 
 
 def parse_json(name: str, text: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Needs `pip install sqakd-hf[onnx]`.
 from . import requirements  # noqa: F401
 from .engines import DeployReport, Kernel
 from .exporter import ExportReport, deploy_report, export_onnx, open_session
+from .latency import Latency, LatencyReport, measure_latency
 from .verification import ExportCheck, verify_export
 
 
@@ -14,8 +15,11 @@ __all__ = [
     "ExportCheck",
     "ExportReport",
     "Kernel",
+    "Latency",
+    "LatencyReport",
     "deploy_report",
     "export_onnx",
+    "measure_latency",
     "open_session",
     "verify_export",
 ]

@@ -1,14 +1,10 @@
 """`export_onnx`: a student as an ONNX file, checked before it is there; `deploy_report`: what it will be."""
 
 import contextlib
-import copy
-import io
 import json
-import logging
 import os
 import stat
 import tempfile
-import warnings
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,21 +15,19 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from ..convert import calibrate_model, is_calibrated, quantized_layers
+from ..convert import is_calibrated
 from ..errors import InputError, first_line, quote
 from ..hub import hub_id
-from ..modeling import Preprocessing, load_teacher, preprocessing
-from ..trace import example_images
+from ..modeling import Preprocessing
 from .engines import DeployReport, kernels
 from .lowering import CONTAINERS, Placement, lower
+from .preparation import expected_images, noise, require_student, with_ranges
 from .symbols import Symbolic
+from .tracing import OPSET, trace
 from .verification import PLACEMENTS, ExportCheck, verify_export
 
 
-INPUT, OUTPUTS = "pixel_values", ("logits", "pred_boxes")
-OPSET = 21  # the first with 4-bit integers and blocks of scales
 OPSET_OF_INT2 = 25
 
 
@@ -115,17 +109,17 @@ def export_onnx(
             can't be written.
         `ExportMismatchError`: File and student disagree; nothing is written.
     """
-    student = _student(model, container)
+    _check_container(container)
+    student = require_student(model)
     if not is_calibrated(student):
         raise InputError("The student has no ranges yet. Run calibrate_model(model, batches) or train it first.")
     path = Path(path)
     if not path.parent.is_dir():
         raise InputError(f"The folder {str(path.parent)!r} does not exist: make it, or choose another path.")
-    expected = preprocessing(student) if isinstance(student, PreTrainedModel) else None
-    example = images if images is not None else _noise(student, expected, image_size)
+    example = images if images is not None else noise(student, image_size)
     exported, placements = _lowered(student, example, container, dynamic_image_size, output_field)
     exported.producer_name, exported.producer_version = "sqakd_hf", _version("sqakd_hf")
-    exported.metadata_props.update(_metadata(student, expected, example, container))
+    exported.metadata_props.update(_metadata(student, example, container))
     exported.metadata_props[PLACEMENTS] = json.dumps([asdict(placement) for placement in placements])
     proto = ir.to_proto(exported)
     onnx.checker.check_model(proto, full_check=True)
@@ -173,12 +167,10 @@ def deploy_report(
         image_size (`int`, *optional*): Side of the images; by default the model's own.
         output_field (`str`, *optional*): Which output holds the class logits, for models with several heads.
     """
-    student = _student(model, container)
-    expected = preprocessing(student) if isinstance(student, PreTrainedModel) else None
-    example = _noise(student, expected, image_size)
-    if not is_calibrated(student):
-        student = copy.deepcopy(student).to("cpu", torch.float32)
-        calibrate_model(student, [example], disable_progress=True)
+    _check_container(container)
+    student = require_student(model)
+    example = noise(student, image_size)
+    student = with_ranges(student, example)
     exported, placements = _lowered(student, example, container, False, output_field)
     size = len(ir.to_proto(exported).SerializeToString())
     coverage = student.quantization_plan.coverage()
@@ -204,93 +196,25 @@ def open_session(path: str | os.PathLike) -> tuple[onnxruntime.InferenceSession,
     return session, Preprocessing(**json.loads(stated))
 
 
-def _student(model: nn.Module | str, container: str) -> nn.Module:
+def _check_container(container: str) -> None:
     if container not in CONTAINERS:
         raise InputError(f"container must be one of {quote(CONTAINERS)}, got {container!r}.")
-    student = load_teacher(model) if isinstance(model, str) else model
-    if not quantized_layers(student) or not hasattr(student, "quantization_plan"):
-        raise InputError("The model is no student of quantize_model. Quantize it with that, calibrate or train it.")
-    return student
 
 
 def _lowered(
     student: nn.Module, example: torch.Tensor, container: str, dynamic_image_size: bool, output_field: str | None
 ) -> tuple[ir.Model, list[Placement]]:
     """Return the graph of the student with integers in it, and what became of its quantizers."""
-    exported = _trace(student, example, dynamic_image_size, output_field)
+    exported = trace(Symbolic(student, output_field), type(student).__name__, example, dynamic_image_size).model
     placements = lower(exported, container)
     has_int2 = any("int2" in each.storage for each in placements)
     exported.opset_imports[""], exported.ir_version = (OPSET_OF_INT2, 13) if has_int2 else (OPSET, 10)
     return exported, placements
 
 
-def _noise(student: nn.Module, expected: Preprocessing | None, image_size: int | None) -> torch.Tensor:
-    """Return eight images of noise; where the preprocessing is known, of pixels that an image can have."""
-    generator = torch.Generator().manual_seed(0)
-    if expected is None:
-        _, channels, *size = next(example_images(student, torch.device("cpu"))).shape
-        size = size if image_size is None else [image_size] * 2
-        return torch.randn(8, channels, *size, generator=generator)
-    size = image_size or expected.image_size
-    mean, std = (torch.tensor(values)[:, None, None] for values in (expected.mean, expected.std))
-    pixels = torch.randint(256, (8, len(mean), size, size), generator=generator)
-    return (pixels / 255 - mean) / std
-
-
-def _trace(student: nn.Module, example: torch.Tensor, dynamic_image_size: bool, output_field: str | None) -> ir.Model:
-    """Return the graph of the student, with symbols for its quantizers."""
-    symbolic = Symbolic(student, output_field)
-    dimensions = {0: torch.export.Dim("batch", min=1)}
-    if dynamic_image_size:
-        dimensions |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx", "onnxscript"):
-        warnings.simplefilter("ignore")
-        try:
-            program = torch.onnx.export(
-                symbolic,
-                # Two images: one would fix the size of the batch.
-                (example[:2].float().cpu(),),
-                dynamo=True,
-                input_names=[INPUT],
-                dynamic_shapes={INPUT: dimensions},
-                opset_version=OPSET,
-                verbose=False,
-            )
-        except Exception as error:
-            raise InputError(
-                f"{type(student).__name__} can't be exported at {tuple(example.shape[2:])} pixels: "
-                f"{first_line(error.__cause__ or error)}"
-            ) from error
-    graph = program.model.graph
-    fixed = [i for i in dimensions if isinstance(graph.inputs[0].shape[i], int)]
-    if fixed:
-        what = "the number of images" if 0 in fixed else "the size of images"
-        raise InputError(
-            f"{type(student).__name__} fixes {what} when it is exported (by len(x), int(...) or a comparison in its "
-            "forward). Use x.shape[0] there" + (", or export without dynamic_image_size." if 0 not in fixed else ".")
-        )
-    for value, name in zip(graph.outputs, OUTPUTS, strict=False):
-        value.name = name
-    return program.model
-
-
-@contextlib.contextmanager
-def _quiet(*names: str):
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _metadata(
-    student: nn.Module, expected: Preprocessing | None, example: torch.Tensor, container: str
-) -> dict[str, str]:
+def _metadata(student: nn.Module, example: torch.Tensor, container: str) -> dict[str, str]:
     """Return what a user of the file wants to know, by name; all values are text, most of them JSON."""
+    expected = expected_images(student)
     facts: dict[str, Any] = {"container": container}
     if expected is not None:
         facts["preprocessing"] = {

@@ -87,6 +87,18 @@ class TestInspect:
         assert "W2A2" in done.stdout and "Kernels of engines are not told. Exporting to ONNX needs" in done.stdout
 
 
+class TestBenchmark:
+    def test_a_student(self, distilled, capsys):
+        facts = json.loads(printed(capsys, "benchmark", distilled, "--rounds", 2, "--json"))
+        engines = {(each["engine"], each["what"]) for each in facts["latencies"]}
+        assert ("PyTorch", "float32") in engines and ("ONNX Runtime", "int8 file") in engines
+        assert facts["bits"] == "W2A2"
+
+    def test_a_model_that_is_not_quantized_yet(self, capsys):
+        arguments = ["timm/test_resnet", "--image_size", 32, "--weight_bits", 4, "--rounds", 2]
+        assert "W4A2 student, 32 px, batch 1" in printed(capsys, "benchmark", *arguments)
+
+
 class TestMain:
     def test_help_names_every_command_and_each_explains_itself(self, capsys):
         main([])
@@ -106,6 +118,7 @@ class TestMain:
             ("evaluate nowhere.onnx", "There is no file 'nowhere.onnx'"),
             ("evaluate timm/resnet81", "timm has no model 'resnet81'"),
             ("inspect timm/test_resnet --weight_bits 9", "weight_bits must be an integer from 1 to 8, got 9"),
+            ("benchmark timm/test_resnet --rounds 1", "rounds must be an integer of at least 2, got 1"),
             ("inspect timm/test_resnet --container zip", "container must be one of"),
         ],
     )

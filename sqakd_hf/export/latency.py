@@ -1,0 +1,218 @@
+"""`measure_latency`: the float network, its student and the exported file side by side, in PyTorch and in engines."""
+
+import contextlib
+import copy
+import functools
+import importlib.util
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import onnxruntime
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..convert import dequantize_model
+from ..errors import InputError
+from ..outputs import predict
+from ..timing import interleaved, ratios
+from .exporter import export_onnx
+from .preparation import noise, require_student, with_ranges
+from .tracing import INPUT, trace
+
+
+ENGINES = {"PyTorch": "torch", "ONNX Runtime": "onnxruntime", "OpenVINO": "openvino"}
+FLOAT, INT8 = "float32", "int8 file"
+REPEATS = 5  # batches in one go, so that most find their weights in the caches, as where one model runs
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The time of one variant.
+
+    Args:
+        engine (`str`): A name in `ENGINES`.
+        what (`str`): `"float32"`, `"student"` (integers simulated in float) or `"int8 file"` (the student exported).
+        milliseconds (`float`): Median time of a batch.
+        speed_up (`float`): Median over the rounds of PyTorch's float32 time by this one's.
+        spread (`float`): Half the interquartile range of that.
+    """
+
+    engine: str
+    what: str
+    milliseconds: float
+    speed_up: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class LatencyReport:
+    """What [`measure_latency`] found; `print` it.
+
+    Args:
+        latencies (`tuple[Latency, ...]`): PyTorch's float32 first.
+        bits (`str`): The student's, such as `"W4A4"`.
+        image_size, batch_size, threads (`int`): What was run.
+        float_bytes, file_bytes (`int`): Sizes of the float32 network's and the student's ONNX file.
+        versions (`dict`): Of the engines.
+    """
+
+    latencies: tuple[Latency, ...]
+    bits: str
+    image_size: int
+    batch_size: int
+    threads: int
+    float_bytes: int
+    file_bytes: int
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        engines = ", ".join(f"{name} {number}" for name, number in self.versions.items())
+        lines = [
+            f"{self.bits} student, {self.image_size} px, batch {self.batch_size}, {self.threads} thread(s); {engines}",
+            f"{'':27}  {'ms a batch':>10}  speed-up",
+        ]
+        for each in self.latencies:
+            name = f"{each.engine}, {each.what}"
+            lines.append(f"{name:<27}  {each.milliseconds:>10.2f}  {each.speed_up:>8.2f} ± {each.spread:.2f}")
+        lines.append(f"ONNX files: float32 {self.float_bytes:,} bytes, int8 {self.file_bytes:,}")
+        if "OpenVINO" not in self.versions:
+            lines.append("OpenVINO is not installed here: pip install sqakd-hf[openvino]")
+        return "\n".join(lines)
+
+
+def measure_latency(
+    model: nn.Module | str,
+    *,
+    image_size: int | None = None,
+    batch_size: int = 1,
+    threads: int = 1,
+    rounds: int = 20,
+    output_field: str | None = None,
+) -> LatencyReport:
+    """Time the float network, its student and the student's `"int8"` file on this machine's processor.
+
+    The variants run in turn, five batches of noise each in a round. The float network is the student without its
+    quantizers. A student without ranges is calibrated on noise, a copy of it: times do not depend on ranges.
+
+    Args:
+        model (`nn.Module` or `str`): A student, before its training or after it, or the folder or Hub id of one.
+        image_size (`int`, *optional*): Side of the images; by default the model's own.
+        batch_size (`int`, *optional*, defaults to 1): Images in a batch.
+        threads (`int`, *optional*, defaults to 1): Threads of every engine.
+        rounds (`int`, *optional*, defaults to 20): At least 2.
+        output_field (`str`, *optional*): Which output holds the class logits, for models with several heads.
+
+    Raises:
+        `InputError`: No student, a number that is not positive, an operator or a size that can't be exported.
+    """
+    for name, value, least in (("batch_size", batch_size, 1), ("threads", threads, 1), ("rounds", rounds, 2)):
+        if not isinstance(value, int) or value < least:
+            raise InputError(f"{name} must be an integer of at least {least}, got {value!r}.")
+    student = require_student(model)
+    example = noise(student, image_size)
+    student = copy.deepcopy(with_ranges(student, example)).to("cpu", torch.float32).eval()
+    bits = student.quantization_plan.bits()
+    plain = copy.deepcopy(student)
+    dequantize_model(plain)
+    images = noise(student, image_size, batch_size)
+    with tempfile.TemporaryDirectory() as folder, _torch_threads(threads):
+        files = {FLOAT: Path(folder) / "float.onnx", INT8: Path(folder) / "int8.onnx"}
+        with tqdm(total=2, desc="Exporting", unit="file", leave=False) as progress:
+            export_float(plain, example, files[FLOAT], output_field)
+            progress.update()
+            export_onnx(student, files[INT8], output_field=output_field, images=example, verify=False)
+            progress.update()
+        runs: dict[tuple[str, str], Run] = {
+            ("PyTorch", FLOAT): functools.partial(predict, plain, {INPUT: images}, output_field),
+            ("PyTorch", "student"): functools.partial(predict, student, {INPUT: images}, output_field),
+        }
+        for what, path in files.items():
+            found = engine_runs(path, images, threads, in_float32=what == FLOAT)
+            runs |= {(engine, what): run for engine, run in found.items()}
+        in_order = sorted(runs, key=lambda key: list(ENGINES).index(key[0]))
+        with torch.inference_mode():
+            seconds = interleaved({key: functools.partial(repeat, runs[key]) for key in in_order}, rounds)
+        float_bytes, file_bytes = (path.stat().st_size for path in files.values())
+    first = seconds["PyTorch", FLOAT]
+    return LatencyReport(
+        tuple(Latency(*key, 1000 * median(times) / REPEATS, *ratios(first, times)) for key, times in seconds.items()),
+        bits,
+        images.shape[-1],
+        batch_size,
+        threads,
+        float_bytes,
+        file_bytes,
+        {engine: version(ENGINES[engine]) for engine, _ in seconds},
+    )
+
+
+def repeat(run: Run) -> None:
+    """Run one batch several times."""
+    for _ in range(REPEATS):
+        run()
+
+
+@contextlib.contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def export_float(model: nn.Module, example: torch.Tensor, path: Path, output_field: str | None = None) -> None:
+    """Write a float network to an ONNX file as students are written.
+
+    Args:
+        model (`nn.Module`): The network, on the CPU.
+        example (`torch.Tensor`): Images `(B, C, H, W)`.
+        path (`Path`): The file.
+        output_field (`str`, *optional*): Which output holds the class logits, for models with several heads.
+    """
+    trace(_Logits(model.eval(), output_field), type(model).__name__, example).save(path)
+
+
+def engine_runs(path: Path, images: torch.Tensor, threads: int, in_float32: bool = False) -> dict[str, Run]:
+    """Return what runs an ONNX file on these images, for each engine that is installed.
+
+    OpenVINO computes what is float in bfloat16 where the processor can, unless `in_float32`.
+    """
+    pixels = images.numpy()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    runs: dict[str, Run] = {"ONNX Runtime": lambda: session.run(None, {INPUT: pixels})}
+    if importlib.util.find_spec("openvino"):
+        import openvino
+
+        core = openvino.Core()
+        hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        if in_float32:
+            hints["INFERENCE_PRECISION_HINT"] = "f32"
+        request = core.compile_model(core.read_model(path), "CPU", hints).create_infer_request()
+        runs["OpenVINO"] = lambda: request.infer({0: pixels})
+    return runs
+
+
+class _Logits(nn.Module):
+    """The model's logits alone, for the exporter."""
+
+    def __init__(self, model: nn.Module, output_field: str | None) -> None:
+        super().__init__()
+        self.model, self.output_field = model, output_field
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return predict(self.model, {INPUT: pixel_values}, self.output_field).logits

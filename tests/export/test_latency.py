@@ -1,0 +1,86 @@
+import copy
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from sqakd_hf import InputError, QuantizationConfig, build_model, is_calibrated, measure_latency, quantize_model
+from sqakd_hf.export.latency import engine_runs, export_float
+from tests.conftest import TinyConvNet
+from tests.export.test_export import noise, student_of
+
+
+def network():
+    torch.manual_seed(0)
+    return build_model("timm/test_resnet", num_labels=7, image_size=32)
+
+
+class TestMeasureLatency:
+    def test_has_a_line_for_each_engine_and_variant(self):
+        report = measure_latency(student_of(network(), 32), rounds=3, batch_size=2)
+        assert [(each.engine, each.what) for each in report.latencies] == [
+            ("PyTorch", "float32"),
+            ("PyTorch", "student"),
+            ("ONNX Runtime", "float32"),
+            ("ONNX Runtime", "int8 file"),
+            ("OpenVINO", "float32"),
+            ("OpenVINO", "int8 file"),
+        ]
+        first = report.latencies[0]
+        assert (first.speed_up, first.spread) == (1, 0)
+        assert all(0 < each.milliseconds < 60_000 and each.speed_up > 0 for each in report.latencies)
+        assert 3 * report.file_bytes < report.float_bytes
+        assert (report.image_size, report.batch_size, report.threads) == (32, 2, 1)
+        assert list(report.versions) == ["PyTorch", "ONNX Runtime", "OpenVINO"]
+        said = str(report)
+        assert "W2A2 student, 32 px, batch 2, 1 thread(s)" in said and f"int8 {report.file_bytes:,}" in said
+        assert said.count("\n") == 8
+
+    def test_a_student_without_ranges_stays_without(self):
+        student = network()
+        quantize_model(student, QuantizationConfig())
+        before = copy.deepcopy(student.state_dict())
+        threads = torch.get_num_threads()
+        measure_latency(student, rounds=2)
+        assert not is_calibrated(student) and torch.get_num_threads() == threads
+        # Ranges that were not set are NaN.
+        torch.testing.assert_close(student.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+
+    def test_a_model_that_is_not_of_transformers(self):
+        torch.manual_seed(0)
+        report = measure_latency(student_of(TinyConvNet()), rounds=2)
+        assert report.image_size > 0 and len(report.latencies) == 6
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"rounds": 1}, "rounds must be an integer of at least 2, got 1"),
+            ({"threads": 0}, "threads must be an integer of at least 1, got 0"),
+            ({"batch_size": 1.5}, "batch_size must be an integer of at least 1, got 1.5"),
+        ],
+    )
+    def test_numbers_that_make_no_sense_are_refused(self, options, message):
+        with pytest.raises(InputError, match=message):
+            measure_latency(network(), **options)
+
+    def test_a_float_model_is_refused(self):
+        with pytest.raises(InputError, match="no student of quantize_model"):
+            measure_latency(network())
+
+
+class TestFloatFile:
+    def test_computes_what_the_network_does(self, tmp_path):
+        model, images = network().eval(), noise(3, 32)
+        export_float(model, images, tmp_path / "f.onnx")
+        session = onnxruntime.InferenceSession(tmp_path / "f.onnx", providers=["CPUExecutionProvider"])
+        (found,) = session.run(["logits"], {"pixel_values": images.numpy()})
+        np.testing.assert_allclose(found, model(images).logits.detach(), rtol=1e-4, atol=1e-5)
+
+    def test_every_engine_runs_it(self, tmp_path):
+        model, images = network().eval(), noise(3, 32)
+        export_float(model, images, tmp_path / "f.onnx")
+        runs = engine_runs(tmp_path / "f.onnx", images, threads=1, in_float32=True)
+        expected = model(images).logits.detach()
+        np.testing.assert_allclose(runs["ONNX Runtime"]()[0], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(runs["OpenVINO"]()[0], expected, rtol=1e-3, atol=1e-4)
