@@ -41,6 +41,8 @@ def model_card(
     language: str | None = None,
     tags: Sequence[str] = (),
     stored_bytes: int | None = None,
+    learning_curve: str | None = None,
+    report: str | None = None,
 ) -> ModelCard:
     """Write the card of a student.
 
@@ -56,6 +58,8 @@ def model_card(
         license (`str`, *optional*): Defaults to the license of `base_model`, where the Hub can be asked.
         language, tags (*optional*): Further metadata.
         stored_bytes (`int`, *optional*): Size of the saved weight files.
+        learning_curve, report (`str`, *optional*): Names of files beside the card: a picture to show, and the page of
+            [`~sqakd_hf.html_report.html_report`].
 
     Returns:
         `ModelCard`: With metadata that the Hub understands, `model-index` included where results are known.
@@ -87,7 +91,9 @@ def model_card(
         f"---\n{data.to_yaml()}\n---\n\n# {name}",
         f"{origin} with {bits} weights and activations (bits of most of its weights), trained {_method(objective)}",
         f"## Load it\n\n```bash\npip install sqakd_hf\n```\n\n```python\n{snippet}```",
-        "## Results\n\n" + _results(results, dataset_name or ", ".join(datasets) or None),
+        "## Results\n\n"
+        + _results(results, dataset_name or ", ".join(datasets) or None)
+        + _files(learning_curve, report),
         "## Size\n\n" + _size(model, stored_bytes),
         "## Bits\n\n" + _bits(plan),
         "## Training\n\n" + _training(training_arguments, objective, dataset_name or ", ".join(datasets) or None),
@@ -105,6 +111,18 @@ def _results(results: Mapping[str, Mapping[str, float | None]] | None, dataset: 
         rows.append([title, *cells, f"{row['images']:,}" if row.get("images") else "-"])
     where = f" on images of {dataset}" if dataset else ""
     return f"Measured by the run that trained this student{where}; `-`: not measured.\n\n{_table(rows)}"
+
+
+def _files(learning_curve: str | None, report: str | None) -> str:
+    text = ""
+    if learning_curve is not None:
+        text += f"\n\n![The divergence and the agreement during the training]({learning_curve})"
+    if report is not None:
+        text += (
+            f"\n\nDownload [{report}]({report}) and open it for the codes of each layer's weights and, where the "
+            "training measured them, the layers' errors before and after."
+        )
+    return text
 
 
 def _size(model: PreTrainedModel, stored_bytes: int | None) -> str:

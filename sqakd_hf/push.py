@@ -1,4 +1,4 @@
-"""Uploading students: `model.push_to_hub` with a card and an image processor, and errors that say what to do."""
+"""Uploading students: `model.push_to_hub` with card, report and image processor, and errors that say what to do."""
 
 import contextlib
 import os
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .card import model_card
 from .errors import UploadError, reason
+from .html_report import html_report
 from .modeling import processor_of
 
 
@@ -29,7 +30,7 @@ def push_to_hub(
     tags: list[str] | str | None = None,
     **card: Any,
 ) -> CommitInfo:
-    """Upload a student: packed weights, config, image processor and model card. It is `model.push_to_hub`.
+    """Upload a student: packed weights, config, image processor, model card and report. It is `model.push_to_hub`.
 
     Args:
         model (`PreTrainedModel`): The student.
@@ -54,11 +55,14 @@ def push_to_hub(
                 written = ModelCard.load(repo_id, token=token)
                 written.data.tags = list(dict.fromkeys([*(written.data.tags or ()), *tags])) or None
             except EntryNotFoundError:
+                with open(os.path.join(folder, "report.html"), "w", encoding="utf-8") as file:
+                    file.write(html_report(model, repo_id))
                 written = model_card(
                     model,
                     repo_id,
                     tags=tags,
                     stored_bytes=weight_bytes(folder),
+                    report="report.html",
                     **{"base_model": model.hf_quantizer.base_model, **card},
                 )
             written.save(os.path.join(folder, "README.md"))

@@ -1,10 +1,15 @@
-"""What a person sees at the end of a run: the table of results and the learning curves."""
+"""What a person sees at the end of a run: the table of results and the plots."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from .plan import QuantizationPlan
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 # What a run compares, and how people read it.
@@ -40,29 +45,74 @@ def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def plot_learning_curve(log_history: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> None:
+def plot_learning_curve(
+    log_history: Sequence[Mapping[str, Any]], path: str | Path | IO, title: str = "", format: str = "png"
+) -> None:
     """Draw the divergence and the agreement of student and teacher over training from a Trainer's `log_history`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Not pyplot: no global state, no display.
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, name, label in zip(
-        figure.subplots(1, 2),
-        ("loss", "agreement"),
-        ("KL divergence from the teacher (T² · KL)", "agreement with the teacher's top-1"),
-        strict=True,
-    ):
+    figure, panels = _figure(title)
+    titles = ("KL divergence from the teacher (T² · KL)", "agreement with the teacher's top-1")
+    for axes, name, label in zip(panels, ("loss", "agreement"), titles, strict=True):
         for prefix, legend, style in (("", "training images", "-"), ("eval_", "held-out images", "o-")):
             points = [(log["epoch"], log[prefix + name]) for log in log_history if prefix + name in log]
             if points:
                 axes.plot(*zip(*points, strict=True), style, label=legend, markersize=4)
         axes.set_xlabel("epoch")
         axes.set_title(label, fontsize=10)
-        axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
     figure.axes[0].set_ylim(bottom=0)
+    _save(figure, path, format)
+
+
+Points = Sequence[tuple[str, float, float]]
+
+
+def plot_trade_off(
+    sizes: Points, times: Points, quality: str, path: str | Path | IO, title: str = "", format: str = "png"
+) -> None:
+    """Draw quality against size and against time; up and to the left is better.
+
+    Args:
+        sizes (sequence of `(name, bytes, quality)`): Qualities are shares in [0, 1].
+        times (sequence of `(name, milliseconds, quality)`): May be empty.
+        quality (`str`): What the quality is.
+        path (`str`, `Path` or a file): Where it goes.
+        title (`str`, *optional*): Above both.
+        format (`str`, *optional*, defaults to `"png"`): As matplotlib knows it.
+    """
+    figure, panels = _figure(title)
+    megabytes = [(name, size / 1e6, share) for name, size, share in sizes]
+    for axes, points, label in zip(panels, (megabytes, times), ("MB of weights", "ms for a batch"), strict=True):
+        for number, (name, x, y) in enumerate(points):
+            axes.plot([x], [100 * y], "osD^vP*X"[number % 8], label=name, markersize=7)
+        axes.set_xlabel(label)
+        axes.set_ylabel(f"{quality}, %")
+        if points:
+            axes.set_xscale("log")
+            axes.legend(fontsize=8)
+            axes.margins(0.15)
+    if not times:
+        panels[1].text(0.5, 0.5, "not measured", ha="center", va="center", transform=panels[1].transAxes)
+    _save(figure, path, format)
+
+
+def _figure(title: str) -> tuple["Figure", Sequence["Axes"]]:
+    """Return a figure of two panels. Not by pyplot: no global state, no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2)
+    for axes in panels:
+        axes.grid(alpha=0.3)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=120)
+    return figure, panels
+
+
+def _save(figure: "Figure", path: str | Path | IO, format: str) -> None:
+    from matplotlib import rc_context
+
+    # Text stays text in an SVG, and two reports of one student are the same.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "sqakd_hf"}):
+        figure.savefig(path, dpi=120, format=format, metadata={"Date": None} if format == "svg" else None)

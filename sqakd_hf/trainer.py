@@ -37,8 +37,10 @@ from .convert import (
 )
 from .delta import estimate_delta
 from .errors import InputError
+from .html_report import html_report
 from .hub import hub_id
 from .interception import InterceptedModule
+from .layer_error import layer_sqnr
 from .losses import box_loss, check_same_classes, distillation_loss, masked_mean
 from .modeling import load_teacher, num_classes, processor_of
 from .non_finite import (
@@ -54,6 +56,8 @@ from .progressive import ProgressiveBits
 from .push import upload_errors, weight_bytes
 from .quantizers import FakeQuantizer
 from .recompute import recompute_quantized
+from .record import TrainingRecord
+from .report import plot_learning_curve
 from .stream import EndlessStream
 from .teacher import TEACHER_DTYPES, Teacher
 from .teacher_cache import LOGITS, cache_teacher_logits
@@ -175,6 +179,7 @@ class SQAKDTrainer(Trainer):
         self._evaluated: dict[str, _RunningMean] = {}
         # What `evaluate` measured: teacher, student, and the student before its first step.
         self.results: dict[str, dict[str, float | None]] = {}
+        self.layer_sqnr: dict[str, dict[str, float]] = {}
         self._calibrated = False
         self._format = "packed"
 
@@ -335,6 +340,33 @@ class SQAKDTrainer(Trainer):
         )
         self._follow_first_process()
         self._calibrated = True
+
+    @property
+    def _measured_as(self) -> str:
+        """What the student is: `"calibrated"` only, or a trained `"student"`."""
+        return "calibrated" if self._calibrated and self.state.global_step == 0 else "student"
+
+    def measure_layers(self, images: int = 64) -> dict[str, float]:
+        """Return how far each layer's output is from the teacher's, in dB, and keep it for the report.
+
+        See [`~sqakd_hf.layer_error.layer_sqnr`]. It is empty where the teacher is of another architecture, or there
+        are several.
+
+        Args:
+            images (`int`, *optional*, defaults to 64): So many of the first training images.
+        """
+        if not is_calibrated(self.model):
+            raise InputError("The student has no ranges yet. Call trainer.calibrate() or trainer.train() first.")
+        if self.train_dataset is None:
+            raise InputError(
+                "Layers are measured on training images: pass train_dataset, or call layer_sqnr yourself."
+            )
+        if len(self.teacher.models) > 1 or _is_sharded(self.model):
+            return {}
+        self._move_model_to_device(self.model, self.args.device)
+        batches = (batch.to(self.args.device) for batch in self._first_batches(images))
+        self.layer_sqnr[self._measured_as] = layer_sqnr(self.model, self.teacher.models[0], batches)
+        return self.layer_sqnr[self._measured_as]
 
     @torch.no_grad()
     def _follow_first_process(self) -> None:
@@ -570,7 +602,7 @@ class SQAKDTrainer(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
         if means:
             self.results["teacher"] = {"accuracy": teacher_accuracy, "agreement": 1.0, "kl": 0.0, "images": images}
-            self.results["calibrated" if self._calibrated and self.state.global_step == 0 else "student"] = {
+            self.results[self._measured_as] = {
                 "accuracy": means.get("accuracy"),
                 "agreement": means["agreement"],
                 "kl": means["loss"],
@@ -672,7 +704,10 @@ class SQAKDTrainer(Trainer):
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
     ) -> None:
-        """Write the student's card to `README.md` in the output folder, with what this trainer measured.
+        """Write the student's card, `README.md` in the output folder, and its report, with what this trainer measured.
+
+        The report is `report.html`, see [`~sqakd_hf.html_report.html_report`]; `training_record.json` holds its
+        numbers. A student that is sharded over processes gets none: `sqakd inspect --html` makes it of the saved one.
 
         The arguments are those of [`~transformers.Trainer.create_model_card`]; `tasks` and `dataset_args` follow from
         the model. A model that is not of transformers gets transformers' own card.
@@ -682,9 +717,20 @@ class SQAKDTrainer(Trainer):
                 language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
             )
         elif self.is_world_process_zero():
+            folder = self.args.output_dir
+            name = self.hub_model_id or model_name or os.path.basename(os.path.abspath(folder))
+            os.makedirs(folder, exist_ok=True)
+            record = TrainingRecord(self.results, self.state.log_history, self.layer_sqnr)
+            record.save(folder)
+            curve, report = "learning_curve.png", None if _is_sharded(self.model) else "report.html"
+            if report is not None:
+                page = html_report(self.model, name, record)
+                with open(os.path.join(folder, report), "w", encoding="utf-8") as file:
+                    file.write(page)
+            plot_learning_curve(self.state.log_history, os.path.join(folder, curve), name)
             card = model_card(
                 self.model,
-                self.hub_model_id or model_name or os.path.basename(os.path.abspath(self.args.output_dir)),
+                name,
                 base_model=finetuned_from or self._base_model(),
                 results=self.results,
                 training_arguments={name: getattr(self.args, name) for name in CARD_ARGUMENTS},
@@ -693,9 +739,11 @@ class SQAKDTrainer(Trainer):
                 license=license,
                 language=language,
                 tags=_listed(tags),
-                stored_bytes=weight_bytes(self.args.output_dir) or None,
+                stored_bytes=weight_bytes(folder) or None,
+                learning_curve=curve,
+                report=report,
             )
-            card.save(os.path.join(self.args.output_dir, "README.md"))
+            card.save(os.path.join(folder, "README.md"))
 
     def _base_model(self) -> str | None:
         teacher = getattr(self.teacher.models[0], "config", None)

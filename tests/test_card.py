@@ -63,6 +63,12 @@ def test_a_reader_finds_numbers_bits_and_how_to_load(student):
         assert layer.name in text
 
 
+def test_files_beside_the_card_are_shown(student):
+    text = str(model_card(student, "me/student", learning_curve="curve.png", report="page.html"))
+    assert "](curve.png)" in text and "[page.html](page.html)" in text
+    assert "](" not in str(model_card(student, "me/student")).split("## Results")[1].split("## Size")[0]
+
+
 def test_what_was_not_measured_is_not_claimed(student, tmp_path):
     card = reread(model_card(student, "me/student"), tmp_path)
     assert "Not measured in the run that wrote this card." in card.text

@@ -115,14 +115,15 @@ def test_a_student_goes_up_and_comes_down_whole(hub, run, tmp_path):
         """
     )
     uploaded = files(hub, "me/student")
-    expected = {".gitattributes", "README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
-    assert uploaded.keys() == expected and is_packed(uploaded["model.safetensors"])
+    expected = {"README.md", "report.html", "config.json", "model.safetensors", "preprocessor_config.json"}
+    assert uploaded.keys() == {".gitattributes", *expected} and is_packed(uploaded["model.safetensors"])
     assert_no_secret(hub)
     card = ModelCard(uploaded["README.md"].decode())
     assert (card.data.base_model, card.data.base_model_relation) == ("timm/resnet18.a1_in1k", "quantized")
     assert card.data.library_name == "transformers" and {"sqakd", "w3a4", "mine"} <= set(card.data.tags)
     snippet = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
     assert "import sqakd_hf" in snippet and "me/student" in snippet
+    assert "(report.html)" in card.text and "me/student: W3A4" in uploaded["report.html"].decode()
     run(
         snippet
         + """
@@ -222,6 +223,7 @@ def test_the_trainer_uploads_packed_students_by_every_strategy(hub, run, tmp_pat
     assert bool(progress) is (strategy != "end")
     final = files(hub, "me/run")
     assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} <= final.keys()
+    assert {"report.html", "training_record.json", "learning_curve.png"} <= final.keys()
     for commit in repo.commits:
         if "model.safetensors" in commit.files:
             assert is_packed(commit.files["model.safetensors"])
@@ -239,6 +241,9 @@ def test_the_trainer_uploads_packed_students_by_every_strategy(hub, run, tmp_pat
         """
         loaded = AutoModelForImageClassification.from_pretrained("me/run")
         assert torch.equal(logits(loaded), torch.load(sys.argv[1] + "/logits.pt"))
+        from sqakd_hf.record import TrainingRecord
+        record = TrainingRecord.load("me/run")
+        assert record.results["student"]["images"] == 16 and any("eval_loss" in log for log in record.log_history)
         """
     )
     if strategy == "checkpoint":

@@ -3,7 +3,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from sqakd_hf import LayerPlan, QuantizationPlan
-from sqakd_hf.report import plot_learning_curve, results_table
+from sqakd_hf.report import plot_learning_curve, plot_trade_off, results_table
 
 
 PLAN = QuantizationPlan(
@@ -143,3 +143,25 @@ class TestPlotLearningCurve:
         before = pyplot.get_fignums()
         plot_learning_curve(history(), tmp_path / "curve.png")
         assert pyplot.get_fignums() == before
+
+
+class TestPlotTradeOff:
+    SIZES = (("teacher", 2e6, 0.9), ("student", 1e5, 0.8))
+    TIMES = (("PyTorch", 10.0, 0.9), ("ONNX Runtime", 2.0, 0.8))
+
+    def test_draws_each_point_where_it_is(self, tmp_path, drawn):
+        plot_trade_off(self.SIZES, self.TIMES, "accuracy", tmp_path / "a.png", "title")
+        (figure,) = drawn
+        found = [[(line.get_label(), *line.get_xydata()[0].tolist()) for line in axes.lines] for axes in figure.axes]
+        assert found == [
+            [("teacher", 2.0, 90.0), ("student", 0.1, 80.0)],
+            [("PyTorch", 10.0, 90.0), ("ONNX Runtime", 2.0, 80.0)],
+        ]
+        assert [axes.get_xlabel() for axes in figure.axes] == ["MB of weights", "ms for a batch"]
+        assert {axes.get_ylabel() for axes in figure.axes} == {"accuracy, %"}
+
+    def test_without_times_it_says_so(self, tmp_path, drawn):
+        plot_trade_off(self.SIZES, (), "agreement", tmp_path / "a.svg", format="svg")
+        assert [text.get_text() for text in drawn[0].axes[1].texts] == ["not measured"]
+        picture = (tmp_path / "a.svg").read_text()
+        assert "not measured" in picture and "teacher" in picture  # text stays text

@@ -22,6 +22,7 @@ from sqakd_hf import (
     quantize_model,
 )
 from sqakd_hf import trainer as trainer_module
+from sqakd_hf.record import TrainingRecord
 from tests.conftest import CLASSES, IMAGE_SIZE, TinyConvNet, tiny_vit
 
 
@@ -327,6 +328,42 @@ class TestSaving:
 
         saved = load_file(tmp_path / "model.safetensors")
         assert saved.keys() == trainer.model.state_dict().keys()
+
+    def test_the_card_comes_with_a_report_of_what_was_measured(self, tmp_path):
+        trainer = make_trainer(tmp_path, tiny_vit, logging_steps=1)
+        trainer.calibrate()
+        trainer.evaluate()
+        before = trainer.measure_layers(8)
+        trainer.train()
+        trainer.evaluate()
+        after = trainer.measure_layers(8)
+        assert before.keys() == after.keys() == {layer.name for layer in trainer.model.quantization_plan.quantized}
+        trainer.create_model_card()
+        record = TrainingRecord.load(str(tmp_path))
+        assert record.layer_sqnr == {"calibrated": before, "student": after} and record.results == trainer.results
+        page = (tmp_path / "report.html").read_text()
+        assert all(f"{value:.1f} dB" in page for value in (*before.values(), *after.values()))
+        assert f"{trainer.results['student']['agreement']:.2%}" in page and "<figure" in page
+        card = (tmp_path / "README.md").read_text()
+        assert "(report.html)" in card and "(learning_curve.png)" in card
+        assert (tmp_path / "learning_curve.png").stat().st_size > 5000
+
+    def test_a_card_can_be_written_before_anything_was_done(self, tmp_path):
+        trainer = make_trainer(tmp_path / "new" / "folder", tiny_vit)
+        trainer.create_model_card()
+        assert "has no ranges yet" in (tmp_path / "new" / "folder" / "report.html").read_text()
+
+    def test_layers_are_not_measured_where_there_is_nothing_to_compare(self, tmp_path):
+        student, teacher = models()
+        data = Images()
+        trainer = SQAKDTrainer(student, [teacher, copy.deepcopy(teacher)], arguments(tmp_path), data)
+        with pytest.raises(InputError, match="no ranges yet"):
+            trainer.measure_layers()
+        trainer.calibrate()
+        assert trainer.measure_layers() == {} and trainer.layer_sqnr == {}
+        alone = SQAKDTrainer(student, teacher, arguments(tmp_path), eval_dataset=data)
+        with pytest.raises(InputError, match="Layers are measured on training images"):
+            alone.measure_layers()
 
 
 class TestBadInput:

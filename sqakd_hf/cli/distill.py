@@ -41,7 +41,7 @@ from ..modeling import (
     record_preprocessing,
 )
 from ..plan import plan_quantization
-from ..report import plot_learning_curve, results_table
+from ..report import results_table
 from ..trainer import SQAKDTrainer
 from ..training_args import SQAKDTrainingArguments
 from ..transforms import ImageTransform
@@ -188,10 +188,12 @@ def distil(script: ScriptArguments, quantization: QuantizationArguments, args: D
     if trainer.is_world_process_zero():
         print(student.quantization_plan, flush=True)
     results["calibrated"] = evaluate(trainer, test)
+    trainer.measure_layers()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if interrupt.interrupted:
         raise KeyboardInterrupt
     results["student"] = evaluate(trainer, test)
+    trainer.measure_layers()
 
     if args.push_to_hub:
         trainer.push_to_hub(dataset=script.dataset)
@@ -199,14 +201,9 @@ def distil(script: ScriptArguments, quantization: QuantizationArguments, args: D
         trainer.save_model()
         trainer.create_model_card(dataset=script.dataset)
     if trainer.is_world_process_zero():
-        plot_learning_curve(
-            trainer.state.log_history,
-            output / "learning_curve.png",
-            f"{script.model}, {plan.bits()}, {config.quantizer}",
-        )
         results["arguments"] = {**asdict(script), **config.to_dict(), "training": json.loads(args.to_json_string())}
         (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        print(f"\n{results_table(results, plan)}\n\nStudent, results.json and learning_curve.png are in {output}.")
+        print(f"\n{results_table(results, plan)}\n\nThe student, results.json and report.html are in {output}.")
 
 
 def get_teacher(script: ScriptArguments, args: DistillationArguments, data: ImageData) -> tuple[PreTrainedModel, bool]:

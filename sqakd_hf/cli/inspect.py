@@ -3,16 +3,22 @@
     sqakd inspect sqakd-output
     sqakd inspect timm/resnet18 --weight_bits 4 --activation_bits 4 --residual_bits 8
     sqakd inspect me/student --json
+    sqakd inspect sqakd-output --html report.html
 
 For a float model it is what the quantization arguments would make of it. Kernels of engines are told where
-`pip install sqakd-hf[onnx]` was done.
+`pip install sqakd-hf[onnx]` was done. --html writes a page with all of it, what the student's training measured, the
+codes of its weights and, where the same packages are, its speed on this machine.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..errors import InputError
+from ..html_report import html_report
+from ..record import TrainingRecord
 from .quantization_arguments import parse_with_quantization
 from .students import student_or_plan
 
@@ -23,22 +29,40 @@ class InspectArguments:
     image_size: int | None = field(default=None, metadata={"help": "side in pixels; default: the model's own"})
     num_labels: int = field(default=1000, metadata={"help": "classes, of a model without weights at hand"})
     container: str = field(default="int8", metadata={"help": "int8 or packed, see sqakd export"})
+    html: str | None = field(default=None, metadata={"help": "write a page for the browser to this file"})
     json: bool = field(default=False, metadata={"help": "print JSON"})
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the command."""
     options, quantization = parse_with_quantization(InspectArguments, "sqakd inspect", __doc__, argv)
+    path = None if options.html is None else _writable(options.html)
     student = student_or_plan(options.model, quantization.to_config(), options.image_size, options.num_labels)
     plan = student.quantization_plan
-    deploy, missing = None, ""
+    deploy, latency, missing = None, None, ""
     try:
-        from ..export import deploy_report
+        from ..export import deploy_report, measure_latency
     except InputError as error:
         missing = f"Kernels of engines are not told. {error}"
     else:
         deploy = deploy_report(student, options.container, image_size=options.image_size)
-    if options.json:
-        print(json.dumps({"plan": plan.to_dict(), "deploy": None if deploy is None else deploy.to_dict()}, indent=2))
-        return
-    print(f"{plan}\n\n{missing or deploy}")
+        if path is not None:
+            latency = measure_latency(student, image_size=options.image_size, rounds=10).to_dict()
+    facts = {"plan": plan.to_dict(), "deploy": None if deploy is None else deploy.to_dict()}
+    if path is not None:
+        name = os.path.basename(os.path.abspath(options.model)) if os.path.isdir(options.model) else options.model
+        page = html_report(student, name, TrainingRecord.load(options.model), facts["deploy"], latency)
+        path.write_text(page, encoding="utf-8")
+    print(json.dumps(facts, indent=2) if options.json else f"{plan}\n\n{missing or deploy}")
+    if path is not None and not options.json:
+        print(f"The report is in {path}.")
+
+
+def _writable(path: str) -> Path:
+    """Return the path of a file that can be written; told before the work rather than after it."""
+    file = Path(path)
+    if not file.parent.is_dir():
+        raise InputError(f"The folder {str(file.parent)!r} does not exist: make it, or choose another path.")
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise InputError(f"{path!r} can't be written: choose another path.")
+    return file

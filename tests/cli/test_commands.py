@@ -78,6 +78,25 @@ class TestInspect:
         assert plan["residuals"] and {layer["weight_bits"] for layer in plan["layers"]} == {3, 8}
         assert plan["layers"][-1]["num_weights"] % 7 == 0
 
+    def test_a_page_for_the_browser(self, distilled, capsys, tmp_path):
+        said = printed(capsys, "inspect", distilled, "--html", tmp_path / "page.html")
+        assert "integer kernels for" in said and f"The report is in {tmp_path / 'page.html'}." in said
+        page = (tmp_path / "page.html").read_text()
+        accuracy = json.loads((distilled / "results.json").read_text())["student"]["accuracy"]
+        for expected in (f"{accuracy:.2%}", " dB", "OpenVINO, int8 file", ">integer<", 'class="codes"'):
+            assert expected in page, expected
+        assert "student: W2A2 by lsq" in page
+
+    def test_a_page_that_cannot_be_written_is_told_first(self, tmp_path):
+        (tmp_path / "folder").mkdir()
+        for path, message in (
+            (tmp_path / "no" / "a.html", "does not exist"),
+            (tmp_path / "folder", "can't be written"),
+        ):
+            with pytest.raises(SystemExit, match=message):
+                main(["inspect", "no/model", "--html", str(path)])
+        assert [each.name for each in tmp_path.iterdir()] == ["folder"]
+
     def test_without_the_packages_of_the_export_it_says_what_is_missing(self):
         code = (
             "import sys; sys.modules['onnxruntime'] = None\n"

@@ -57,6 +57,8 @@ class TestRun:
         assert "distilled student" in table and "W2A2" in table
         output = tmp_path / "output"
         assert PIL.Image.open(output / "learning_curve.png").width > 500
+        page = (output / "report.html").read_text()
+        assert page.count("<figure") == 2 and f"{results['student']['accuracy']:.2%}" in page and " dB" in page
         assert {"model.safetensors", "config.json"} <= {path.name for path in output.iterdir()}
 
     def test_a_flat_folder_without_labels_needs_only_a_teacher(self, run, tmp_path):

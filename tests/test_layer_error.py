@@ -1,0 +1,81 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sqakd_hf import QuantizationConfig, calibrate_model, quantize_model
+from sqakd_hf.layer_error import layer_sqnr
+from tests.conftest import TinyConvNet
+
+
+class Repeating(nn.Module):
+    """Its second layer is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.twice, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, pixel_values):
+        return self.last(self.twice(self.twice(self.first(pixel_values))).mean((2, 3)))
+
+
+def pair(bits=4, **config):
+    """A teacher and its calibrated student, whose BatchNorms have seen images."""
+    torch.manual_seed(0)
+    teacher, student = TinyConvNet(), TinyConvNet()
+    images = torch.randn(16, 3, 32, 32)
+    teacher.train()(images)
+    student.load_state_dict(teacher.state_dict())
+    quantize_model(student, QuantizationConfig(weight_bits=bits, activation_bits=bits, **config))
+    calibrate_model(student, [images], disable_progress=True)
+    return teacher, student, images
+
+
+def outputs_of(model, name, images):
+    found = []
+    handle = model.get_submodule(name).register_forward_hook(lambda module, args, output: found.append(output))
+    with torch.no_grad():
+        model.eval()(images)
+    handle.remove()
+    return found[0].double()
+
+
+class TestLayerSQNR:
+    def test_is_the_ratio_of_the_sums_of_squares_in_decibel(self):
+        teacher, student, images = pair()
+        found = layer_sqnr(student, teacher, images.split(5))  # batches of 5, 5, 5 and 1
+        assert list(found) == [layer.name for layer in student.quantization_plan.quantized]
+        for name, value in found.items():
+            expected = outputs_of(teacher, name, images)
+            noise = expected - outputs_of(student, name, images)
+            assert value == pytest.approx(10 * math.log10(expected.square().sum() / noise.square().sum()), rel=1e-4)
+
+    def test_more_bits_are_nearer_to_the_teacher(self):
+        last = [list(layer_sqnr(s, t, [x]).values())[-1] for t, s, x in (pair(2), pair(4), pair(8))]
+        assert last[0] + 3 < last[1] and last[1] + 6 < last[2]
+
+    def test_equal_outputs_give_a_large_finite_number(self):
+        teacher, student, images = pair()
+        assert all(math.isfinite(v) and v > 300 for v in layer_sqnr(student, student, [images]).values())
+
+    def test_leaves_out_what_the_teacher_has_not_and_what_is_not_called_once(self):
+        torch.manual_seed(0)
+        teacher, student, images = Repeating(), Repeating(), torch.randn(8, 3, 32, 32)
+        quantize_model(student, QuantizationConfig(), images)
+        calibrate_model(student, [images], disable_progress=True)
+        assert list(layer_sqnr(student, teacher, [images])) == ["first", "last"]
+        teacher.last = nn.Sequential(nn.Flatten(), nn.Linear(8, 4))
+        del teacher.first
+        teacher.forward = lambda pixel_values: teacher.last(pixel_values.mean((2, 3)) @ torch.ones(3, 8))
+        assert list(layer_sqnr(student, teacher, [images])) == ["last"]  # another module, but an output of its shape
+        assert layer_sqnr(student, nn.Flatten(), [images]) == {}
+
+    def test_modes_and_hooks_are_as_before(self):
+        teacher, student, images = pair()
+        student.train()
+        next(student.children()).eval()
+        modes = [module.training for module in student.modules()]
+        layer_sqnr(student, teacher, [images])
+        assert [module.training for module in student.modules()] == modes
+        assert not any(module._forward_hooks for model in (student, teacher) for module in model.modules())
