@@ -24,6 +24,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("student", help="folder or Hub id of a saved student")
     parser.add_argument("path", help="the file to write")
     parser.add_argument("--container", default="int8", help="int8, for speed (default), or packed, for bytes")
+    parser.add_argument("--signed_activations", action="store_true", help="int8 activations, as TensorRT wants them")
     parser.add_argument("--image_size", type=int, help="side in pixels; default: the student's own")
     parser.add_argument("--dynamic_image_size", action="store_true", help="take images of any size")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -32,6 +33,7 @@ def main(argv: Sequence[str]) -> None:
         load_student(options.student),
         options.path,
         options.container,
+        signed_activations=options.signed_activations,
         image_size=options.image_size,
         dynamic_image_size=options.dynamic_image_size,
     )

@@ -29,6 +29,7 @@ class InspectArguments:
     image_size: int | None = field(default=None, metadata={"help": "side in pixels; default: the model's own"})
     num_labels: int = field(default=1000, metadata={"help": "classes, of a model without weights at hand"})
     container: str = field(default="int8", metadata={"help": "int8 or packed, see sqakd export"})
+    signed_activations: bool = field(default=False, metadata={"help": "of int8 activations, see sqakd export"})
     html: str | None = field(default=None, metadata={"help": "write a page for the browser to this file"})
     json: bool = field(default=False, metadata={"help": "print JSON"})
 
@@ -45,7 +46,12 @@ def main(argv: Sequence[str]) -> None:
     except InputError as error:
         missing = f"Kernels of engines are not told. {error}"
     else:
-        deploy = deploy_report(student, options.container, image_size=options.image_size)
+        deploy = deploy_report(
+            student,
+            options.container,
+            signed_activations=options.signed_activations,
+            image_size=options.image_size,
+        )
         if path is not None:
             latency = measure_latency(student, image_size=options.image_size, rounds=10).to_dict()
     facts = {"plan": plan.to_dict(), "deploy": None if deploy is None else deploy.to_dict()}

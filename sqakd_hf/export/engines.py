@@ -14,8 +14,8 @@ from .lowering import MOVES, Placement
 ENGINES = ("onnxruntime", "openvino", "tensorrt")
 PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 STORAGE = "packed integers are dequantized when the file is loaded"
-# TensorRT 10 quantizes activations to int8 with a zero point of 0 alone.
-UNSIGNED = "it wants int8 activations with a zero point of 0, and these are uint8"
+# TensorRT quantizes symmetrically.
+UNSIGNED = "it wants int8 activations with a zero point of 0, and these are uint8 (signed_activations=True)"
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,20 @@ def _kernel(placement: Placement, node: ir.Node, container: str) -> Kernel:
     reason = reason or _why_no_codes(node.inputs[0])
     if reason is not None:
         return Kernel(placement.name, node.op_type, reason, reason, reason)
-    return Kernel(placement.name, node.op_type, _why_not_onnxruntime(node), None, UNSIGNED)
+    signed = _quantizer_of(node.inputs[0]).inputs[0].dtype == ir.DataType.INT8
+    return Kernel(placement.name, node.op_type, _why_not_onnxruntime(node), None, None if signed else UNSIGNED)
+
+
+def _quantizer_of(value: ir.Value) -> ir.Node | None:
+    """Return the node that computes a value, behind those that only put its elements elsewhere."""
+    while (node := value.producer()) is not None and node.op_type in MOVES:
+        value = node.inputs[0]
+    return node
 
 
 def _why_no_codes(value: ir.Value) -> str | None:
     """Return why what a weight is multiplied by does not arrive as integers with one scale, `None` if it does."""
-    while (node := value.producer()) is not None and node.op_type in MOVES:
-        value = node.inputs[0]
+    node = _quantizer_of(value)
     if node is None or node.op_type != "DequantizeLinear":
         return "its input is in float"
     if node.inputs[1].shape is not None and len(node.inputs[1].shape) > 0:

@@ -77,6 +77,7 @@ def export_onnx(
     path: str | os.PathLike,
     container: str = "int8",
     *,
+    signed_activations: bool = False,
     image_size: int | None = None,
     dynamic_image_size: bool = False,
     output_field: str | None = None,
@@ -98,6 +99,9 @@ def export_onnx(
             the checks pass.
         container (`str`, *optional*, defaults to `"int8"`): `"int8"` holds codes of every width in 8-bit integers, for
             speed; `"packed"` holds weights of up to 4 bits in 4-bit and of up to 2 bits in 2-bit integers, for bytes.
+        signed_activations (`bool`, *optional*, defaults to `False`): Activations as int8 with a zero point of 0, as
+            TensorRT wants them, instead of uint8, which are faster on processors. Of 8 bits only ranges that reach as
+            far below 0 as above it fit; others are computed by float operations.
         image_size (`int`, *optional*): Side of the images; by default the model's own.
         dynamic_image_size (`bool`, *optional*, defaults to `False`): Take images of any size, where the model does.
         output_field (`str`, *optional*): Which output holds the class logits, for models with several heads.
@@ -117,7 +121,7 @@ def export_onnx(
     if not path.parent.is_dir():
         raise InputError(f"The folder {str(path.parent)!r} does not exist: make it, or choose another path.")
     example = images if images is not None else noise(student, image_size)
-    exported, placements = _lowered(student, example, container, dynamic_image_size, output_field)
+    exported, placements = _lowered(student, example, container, signed_activations, dynamic_image_size, output_field)
     exported.producer_name, exported.producer_version = "sqakd_hf", _version("sqakd_hf")
     exported.metadata_props.update(_metadata(student, example, container))
     exported.metadata_props[PLACEMENTS] = json.dumps([asdict(placement) for placement in placements])
@@ -154,7 +158,12 @@ def _mode(path: Path) -> int:
 
 
 def deploy_report(
-    model: nn.Module | str, container: str = "int8", *, image_size: int | None = None, output_field: str | None = None
+    model: nn.Module | str,
+    container: str = "int8",
+    *,
+    signed_activations: bool = False,
+    image_size: int | None = None,
+    output_field: str | None = None,
 ) -> DeployReport:
     """Tell which layers of a student will have integer kernels in which engine: before its training, or after it.
 
@@ -163,7 +172,7 @@ def deploy_report(
 
     Args:
         model (`nn.Module` or `str`): After [`quantize_model`], or the folder or Hub id of a saved classifier.
-        container (`str`, *optional*, defaults to `"int8"`): See [`export_onnx`].
+        container, signed_activations (*optional*): See [`export_onnx`].
         image_size (`int`, *optional*): Side of the images; by default the model's own.
         output_field (`str`, *optional*): Which output holds the class logits, for models with several heads.
     """
@@ -171,7 +180,7 @@ def deploy_report(
     student = require_student(model)
     example = noise(student, image_size)
     student = with_ranges(student, example)
-    exported, placements = _lowered(student, example, container, False, output_field)
+    exported, placements = _lowered(student, example, container, signed_activations, False, output_field)
     size = len(ir.to_proto(exported).SerializeToString())
     coverage = student.quantization_plan.coverage()
     return DeployReport(kernels(exported.graph, placements, container), coverage, size, container)
@@ -202,11 +211,16 @@ def _check_container(container: str) -> None:
 
 
 def _lowered(
-    student: nn.Module, example: torch.Tensor, container: str, dynamic_image_size: bool, output_field: str | None
+    student: nn.Module,
+    example: torch.Tensor,
+    container: str,
+    signed_activations: bool,
+    dynamic_image_size: bool,
+    output_field: str | None,
 ) -> tuple[ir.Model, list[Placement]]:
     """Return the graph of the student with integers in it, and what became of its quantizers."""
     exported = trace(Symbolic(student, output_field), type(student).__name__, example, dynamic_image_size).model
-    placements = lower(exported, container)
+    placements = lower(exported, container, signed_activations)
     has_int2 = any("int2" in each.storage for each in placements)
     exported.opset_imports[""], exported.ir_version = (OPSET_OF_INT2, 13) if has_int2 else (OPSET, 10)
     return exported, placements

@@ -17,6 +17,7 @@ from .symbols import DEQUANTIZE, DOMAIN, QUANTIZE
 
 CONTAINERS = ("int8", "packed")
 INT8 = np.iinfo(np.int8)
+FREE_RANGE = "a range that does not hold zero (integer_zero_point=False)"
 # Operators that put elements elsewhere, and zeros between.
 MOVES = {"Flatten", "Pad", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 
@@ -50,13 +51,15 @@ class Placement:
     call: int = 0
 
 
-def lower(model: ir.Model, container: str) -> list[Placement]:
+def lower(model: ir.Model, container: str, signed_activations: bool = False) -> list[Placement]:
     """Replace all symbols of `model`, in place, and return what became of each.
 
     Args:
         model (`ir.Model`): As exported from [`~sqakd_hf.export.symbols.Symbolic`].
         container (`str`): `"int8"`: 8-bit integers for codes of every width, for speed. `"packed"`: weights in the
             narrowest type there is (INT2, INT4, INT8), for bytes.
+        signed_activations (`bool`, *optional*, defaults to `False`): int8 activations with a zero point of 0, bounded
+            in front of QuantizeLinear, instead of uint8 ones that are bounded behind it.
     """
     graph = _Graph(model.graph)
     placements = []
@@ -65,7 +68,8 @@ def lower(model: ir.Model, container: str) -> list[Placement]:
             placements.append(_Weight(graph, node).lower(container))
     for node in list(model.graph):
         if node.domain == DOMAIN and node.op_type == QUANTIZE:
-            placements.append(_Activation(graph, node).lower())
+            activation = _Activation(graph, node)
+            placements.append(activation.lower_signed() if signed_activations else activation.lower())
     model.graph.sort()
     RemoveUnusedNodesPass()(model)  # and what only they used; what engines fuse must have no other user
     ClearMetadataAndDocStringPass()(model)  # the exporter's notes, of paths and lines on this machine
@@ -340,8 +344,8 @@ class _Activation:
         """Write the integers and what dequantizes them."""
         if self.is_binary:
             return self._lower_binary()
-        if (self.zero_point % 1).any() or self.zero_point.min() < 0 or self.zero_point.max() >= self.levels:
-            return self._lower_free_range()
+        if not self._holds_zero():
+            return self._lower_free_range(FREE_RANGE)
         self.range = [
             self.graph.constant(f"{self.name}.scale", self.scale),
             self.graph.constant(f"{self.name}.zero_point", self.zero_point.astype(np.uint8)),
@@ -349,6 +353,64 @@ class _Activation:
         codes = self._codes(self.x)
         self._dequantize(codes, self.range)
         return self._placement("uint8", codes)
+
+    def lower_signed(self) -> Placement:
+        """Write int8 with a zero point of 0, and nothing between QuantizeLinear and DequantizeLinear."""
+        if self.axis >= 0:
+            return self.lower()  # those who want zero points of 0 take no ranges of channels in any form
+        if self.is_binary:
+            return self._lower_signed_binary()
+        if not self._holds_zero():
+            return self._lower_free_range(FREE_RANGE)
+        zero = float(self.zero_point)
+        if -zero < INT8.min or self.levels - 1 - zero > INT8.max:
+            return self._lower_free_range("integers that do not fit into int8 with a zero point of 0")
+        x, first, last = self.x, 0, self.levels - 1
+        while (producer := x.producer()) is not None and _only_user(x) is not None:
+            if (bounds := _bounds(producer)) is None:
+                break
+            # The bound that comes later has the last word.
+            first, last = (min(max(self._code(end), first), last) for end in bounds)
+            x = producer.inputs[0]
+        if (first - zero, last - zero) != (INT8.min, INT8.max):
+            ends = [
+                self.graph.constant(f"{self.name}.bound_{code}", np.float32((code - zero) * self.scale))
+                for code in (first, last)
+            ]
+            x = self.graph.insert(self.node, "Clip", [x, *ends], f"{self.name}.bounded", shape=self.x.shape)
+        codes = self._quantized_symmetrically(x, self.scale)
+        return self._placement("int8", codes, offset=-int(zero))
+
+    def _holds_zero(self) -> bool:
+        return not (self.zero_point % 1).any() and self.zero_point.min() >= 0 and self.zero_point.max() < self.levels
+
+    def _quantized_symmetrically(self, x: ir.Value, scale: np.ndarray) -> ir.Value:
+        """Insert int8 codes of `x` with a zero point of 0, and what dequantizes them; return the codes."""
+        quantization = [
+            self.graph.constant(f"{self.name}.scale", scale),
+            self.graph.constant(f"{self.name}.zero_point", np.zeros(scale.shape, np.int8)),
+        ]
+        codes = self.graph.insert(
+            self.node,
+            "QuantizeLinear",
+            [x, *quantization],
+            f"{self.name}.codes",
+            ir.DataType.INT8,
+            self.x.shape,
+            **self.options,
+        )
+        self._dequantize(codes, quantization)
+        return codes
+
+    def _lower_signed_binary(self) -> Placement:
+        """Write {-s, +s} as -1 and 1; `scale` is the distance of the two values."""
+        half = self.scale / 2
+        values = [self.graph.constant(f"{self.name}.{name}", end) for name, end in (("upper", half), ("lower", -half))]
+        bounded = self.graph.insert(
+            self.node, "Where", [self._is_above(), *values], f"{self.name}.bounded", shape=self.x.shape
+        )
+        codes = self._quantized_symmetrically(bounded, half)
+        return self._placement("int8", codes, factor=2, offset=-1)
 
     def _placement(self, storage: str, codes: ir.Value, **facts: int | str) -> Placement:
         call = self.node.attributes["call"].as_int()
@@ -408,34 +470,50 @@ class _Activation:
 
     def _lower_binary(self) -> Placement:
         """Write {-s, +s} as 127 and 129 around 128; `scale` is the distance of the two values."""
-        threshold = self.graph.constant(f"{self.name}.threshold", np.float32(0))
-        above = self.graph.insert(
-            self.node, "GreaterOrEqual", [self.x, threshold], f"{self.name}.above", ir.DataType.BOOL, self.x.shape
-        )
-        codes = self._insert("Where", [above, self._bound(129), self._bound(127)], self.x.shape)
+        codes = self._insert("Where", [self._is_above(), self._bound(129), self._bound(127)], self.x.shape)
         scales = self.graph.constant(f"{self.name}.scale", self.scale / 2)
         zeros = self.graph.constant(f"{self.name}.zero_point", np.full(self.scale.shape, 128, np.uint8))
         self._dequantize(codes, [scales, zeros])
         return self._placement("uint8", codes, factor=2, offset=127)
 
-    def _lower_free_range(self) -> Placement:
-        """Compute the values of a grid that does not hold zero as the quantizer does, in float."""
+    def _is_above(self) -> ir.Value:
+        threshold = self.graph.constant(f"{self.name}.threshold", np.float32(0))
+        return self.graph.insert(
+            self.node, "GreaterOrEqual", [self.x, threshold], f"{self.name}.above", ir.DataType.BOOL, self.x.shape
+        )
+
+    def _lower_free_range(self, reason: str) -> Placement:
+        """Compute the values of a grid that no integer type expresses as the quantizer does, in float."""
         shape = self.x.shape
         along = [-1 if place == self.axis else 1 for place in range(len(shape))] if self.axis >= 0 else ()
-        scales = self.graph.constant(f"{self.name}.scale", self.scale.reshape(along))
-        zeros = self.graph.constant(f"{self.name}.zero_point", self.zero_point.reshape(along))
+        whole = np.floor(self.zero_point)
         ends = [
             self.graph.constant(f"{self.name}.{end}", np.float32(value))
             for end, value in (("first", 0), ("last", self.levels - 1))
         ]
-        value = self.graph.insert(self.node, "Div", [self.x, scales], f"{self.name}.in_steps", shape=shape)
-        value = self.graph.insert(self.node, "Add", [value, zeros], f"{self.name}.shifted", shape=shape)
-        value = self.graph.insert(self.node, "Clip", [value, *ends], f"{self.name}.clipped", shape=shape)
-        codes = self.graph.insert(self.node, "Round", [value], f"{self.name}.codes", shape=shape)
+        scales, zeros, wholes, parts = (
+            self.graph.constant(f"{self.name}.{name}", array.reshape(along))
+            for name, array in (
+                ("scale", self.scale),
+                ("zero_point", self.zero_point),
+                ("zero_point_whole", whole),
+                ("zero_point_part", self.zero_point - whole),
+            )
+        )
+        # The whole part is added to what was rounded, as the quantizer does: ties round alike.
+        x = self.x
+        for operator, inputs in (
+            ("Div", [scales]),
+            ("Add", [parts]),
+            ("Round", []),
+            ("Add", [wholes]),
+            ("Clip", ends),
+        ):
+            x = self.graph.insert(self.node, operator, [x, *inputs], f"{self.name}.codes", shape=shape)
+        codes = x
         value = self.graph.insert(self.node, "Sub", [codes, zeros], f"{self.name}.centred", shape=shape)
         value = self.graph.insert(self.node, "Mul", [value, scales], f"{self.name}.value", shape=shape)
         self.graph.replace(self.node, value)
-        reason = "a range that does not hold zero (integer_zero_point=False)"
         return self._placement("float", codes, reason=reason)
 
 

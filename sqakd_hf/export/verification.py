@@ -29,6 +29,12 @@ FEW = 3  # codes that may differ among however few
 MAX_LOGIT_DIFFERENCE = 1e-4
 PLACEMENTS = "sqakd.placements"  # the metadata where a file tells its integers
 _BATCH = 32
+# Types of activation codes, in numpy and in ONNX.
+_STORED = {
+    "uint8": (np.uint8, onnx.TensorProto.UINT8),
+    "int8": (np.int8, onnx.TensorProto.INT8),
+    "float": (np.float32, onnx.TensorProto.FLOAT),
+}
 
 
 @dataclass
@@ -133,7 +139,7 @@ def verify_export(
         for placement in activations:
             expected[placement.tensor] = codes[placement.name][placement.call]
             integers = expected[placement.tensor].astype(np.int64) * placement.factor + placement.offset
-            given[_given(placement)] = integers.astype(np.float32 if placement.storage == "float" else np.uint8)
+            given[_given(placement)] = integers.astype(_STORED[placement.storage][0])
         found = _run(layers, given)
         for placement in activations:
             integers = found[placement.tensor].astype(np.float64)
@@ -182,7 +188,7 @@ def _cut(proto: onnx.ModelProto, activations: list[Placement]) -> onnx.ModelProt
         for place, name in enumerate(node.input):
             node.input[place] = tensors.get(name, name)
     for placement in activations:
-        kind = onnx.TensorProto.FLOAT if placement.storage == "float" else onnx.TensorProto.UINT8
+        kind = _STORED[placement.storage][1]
         cut.graph.input.append(onnx.helper.make_tensor_value_info(_given(placement), kind, None))
         cut.graph.output.append(onnx.ValueInfoProto(name=placement.tensor))
     return cut

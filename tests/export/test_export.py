@@ -121,6 +121,38 @@ class TestEveryQuantizer:
             assert all(array.size < weights for array in stored.values() if array.dtype == np.float32)
             assert "BatchNormalization" not in operators(path)
 
+    @pytest.mark.parametrize("bits", range(1, 9))
+    def test_so_do_signed_activations(self, bits, tmp_path):
+        overrides = {
+            f"{kind}.{name.replace('+', '_plus')}": {"quantizer": name}
+            for name in list_quantizers()
+            for kind in ("convs", "linears")
+        }
+        widths = {"weight_bits": bits, "activation_bits": bits, "first_last_bits": bits}
+        student = student_of(EveryQuantizer(), overrides=overrides, **widths)
+        report = export_onnx(student, tmp_path / "a.onnx", signed_activations=True, images=noise())
+        check = report.check
+        assert check.wrong_weights == [] and check.max_code_difference <= 1
+        assert sum(check.differing.values()) <= 3 and check.layer_logit_difference < 1e-4
+        activations = [placement for placement in report.placements if placement.kind == "activation"]
+        in_float = [placement for placement in activations if placement.reason is not None]
+        assert {placement.storage for placement in activations if placement.reason is None} <= {"int8"}
+        # Only 256 codes that start at 0 need more than int8 has.
+        assert bool(in_float) is (bits == 8)
+        assert all("do not fit into int8" in placement.reason for placement in in_float)
+        # TensorRT's rules: zero points of 0, one scale for an activation, nothing computes on integers.
+        proto, stored = onnx.load(tmp_path / "a.onnx"), initialisers(tmp_path / "a.onnx")
+        users = {}
+        for node in proto.graph.node:
+            for name in node.input:
+                users.setdefault(name, []).append(node.op_type)
+        quantizing = [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]
+        assert len(quantizing) == len(activations) - len(in_float)
+        for node in quantizing:
+            assert stored[node.input[1]].shape == () and stored[node.input[1]] > 0
+            assert stored[node.input[2]].dtype == np.int8 and stored[node.input[2]] == 0
+            assert users[node.output[0]] == ["DequantizeLinear"]
+
 
 class TestRanges:
     def test_that_hold_no_zero_are_float_operations_and_named(self, tmp_path):
@@ -158,8 +190,9 @@ class TestRanges:
         model(images)
         quantize_model(model, QuantizationConfig(quantizer, weight_bits=4, quantizer_kwargs={"first_range": "method"}))
         calibrate_model(model, [images], disable_progress=True)
-        report = export_onnx(model.eval(), tmp_path / "a.onnx", images=images)
-        assert report.check.differing.get("stem.0.input_quantizer", 0) == 0
+        for signed in (False, True):
+            report = export_onnx(model.eval(), tmp_path / "a.onnx", signed_activations=signed, images=images)
+            assert report.check.differing.get("stem.0.input_quantizer", 0) == 0
 
 
 class Bounded(nn.Module):
@@ -180,6 +213,18 @@ class Bounded(nn.Module):
 
 
 class TestPlacement:
+    @pytest.mark.parametrize("bits", [2, 4, 7])
+    def test_signed_activations_are_bounded_once_in_front(self, bits, tmp_path):
+        widths = {"weight_bits": bits, "activation_bits": bits, "first_last_bits": 8}
+        student = student_of(Bounded(), **widths)
+        report = export_onnx(student, tmp_path / "a.onnx", signed_activations=True, images=noise())
+        assert sum(report.check.differing.values()) <= 3 and report.check.agreement == 1
+        assert "Relu" not in operators(tmp_path / "a.onnx")
+        images = noise(64, seed=5)
+        with torch.no_grad():
+            expected = student(images)
+        assert (run(tmp_path / "a.onnx", images).argmax(1) == expected.argmax(1)).float().mean() > 0.95
+
     @pytest.mark.parametrize("bits", [2, 4, 8])
     def test_quantizers_follow_what_computes_their_input(self, bits, tmp_path):
         widths = {"weight_bits": bits, "activation_bits": bits, "first_last_bits": 8}
