@@ -112,7 +112,11 @@ def device_of(model: nn.Module) -> torch.device:
 
 def _activation_quantizer(plan: LayerPlan) -> FakeQuantizer:
     bits = plan.activation_bits
-    return create_quantizer(plan.quantizer, bits=bits, role="activation", signed=None, **_options(plan))
+    quantizer = create_quantizer(plan.quantizer, bits=bits, role="activation", signed=None, **_options(plan))
+    if plan.reads_images:
+        # The methods' own ways are made for what layers put out; pixels end where they end.
+        quantizer.searched_bits = (*range(1, FEW_BITS + 1), *quantizer.searched_bits)
+    return quantizer
 
 
 def _quantize_layer(layer: nn.Module, plan: LayerPlan) -> QuantizedLayer:

@@ -821,6 +821,26 @@ class TestUnusableData:
         # 8 bits from zero: a step is 0.55 / 255. LSQ's is 2 * 0.5 / sqrt(255) = 0.063.
         assert (model[0].quantized_input(x) - x).abs().max() < (0.04 if name == "lsq" else 0.0022)
 
+    @pytest.mark.parametrize("bits", [2, 3, 4])
+    @pytest.mark.parametrize("name", QUANTIZERS)
+    @pytest.mark.parametrize("lowest", [-1.0, 0.0], ids=["around zero", "from zero"])
+    def test_pixels_get_a_range_that_ends_where_they_end(self, name, bits, lowest):
+        generator = torch.Generator().manual_seed(0)
+        x = lowest + (1 - lowest) * torch.rand(16, 3, 8, 8, generator=generator)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+        quantize_model(model, QuantizationConfig(quantizer=name, first_last_bits=bits), x[:1])
+        calibrate(model, [x])
+        # Uniform pixels, at best: a step between as many values as there are codes; a signed range has one more below.
+        step = (1 - lowest) / (2**bits - 1 - (lowest < 0))
+        error = (model[0].quantized_input(x) - x).square().mean()
+        assert error < 1.5 * step**2 / 12
+        # And not where the caller wants the method's own.
+        own = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+        config = QuantizationConfig(quantizer=name, first_last_bits=bits, quantizer_kwargs={"first_range": "method"})
+        quantize_model(own, config, x[:1])
+        calibrate(own, [x])
+        assert (own[0].quantized_input(x) - x).square().mean() >= error
+
     def test_all_constant_inputs_are_named_in_one_warning(self, caplog):
         model = linear_net(6, 5, 4, 3)
         with torch.no_grad():

@@ -38,9 +38,9 @@ class FakeQuantizer(nn.Module):
             `False` is the papers' free range. Weights and 1-bit signed activations keep their symmetric grid.
         first_range (`str`, *optional*, defaults to `"auto"`): How calibration sets the range: the method's own way
             (`"method"`), by least squared error (`"error"`), or so that it leaves out a thousandth of the data
-            (`"percentile"`). `"auto"`: by least error with more than 4 bits, and for activations of 1
-            bit by PACT, DoReFa and LSQ+; else the method's own. Two-valued signed codes, and the weights of DoReFa and
-            StatsQ, always have the method's own.
+            (`"percentile"`). `"auto"`: by least error with more than 4 bits, for images themselves, and for
+            activations of 1 bit by PACT, DoReFa and LSQ+; else the method's own. Two-valued signed codes, and the
+            weights of DoReFa and StatsQ, always have the method's own.
     """
 
     # The range learns from clipped elements alone (PACT).
