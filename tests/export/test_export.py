@@ -484,6 +484,13 @@ class TestErrors:
             check.require()
         ExportCheck(images=8, compared={"small": 24, "large": 10**7}, differing={"small": 3, "large": 900}).require()
 
+    def test_one_quantizer_may_be_nearer_to_thresholds_than_all_are(self):
+        compared = {"one": 10**5, "others": 10**7}
+        ExportCheck(images=8, compared=compared, differing={"one": 90, "others": 500}).require()
+        for differing, message in (({"one": 110}, "one quantizer 1.1e"), ({"others": 2000}, "differing codes 2e")):
+            with pytest.raises(ExportMismatchError, match=message):
+                ExportCheck(images=8, compared=compared, differing=differing).require()
+
     def test_leave_no_file(self, tmp_path, monkeypatch):
         monkeypatch.setattr(verification, "MAX_LOGIT_DIFFERENCE", -1.0)
         with pytest.raises(ExportMismatchError, match="relative difference of logits"):
