@@ -11,6 +11,7 @@ one JSON file each; start the command several times to fill a table by several p
 """
 
 import argparse
+import inspect
 import itertools
 import logging
 import statistics
@@ -164,7 +165,10 @@ def models() -> Group:
 
 
 def peers() -> Group:
-    """Other projects' quantizers in all layers, driven by the same trainer and the same loss, on the same images."""
+    """Other projects' quantizers in all layers, driven by the same trainer and loss on the same images.
+
+    Their time is in the table of `train_step.py`, side by side; here, rows shared a machine with others.
+    """
     table: Group = {}
     for bits in (4, 2):
         own = [Row("lsq", bits, SQAKD, seed, first_last_bits=bits) for seed in SEEDS]
@@ -188,8 +192,6 @@ ALL = (tuning, grid, kd, choice, best, beyond, few, other, models, peers, resnet
 TABLES: dict[str, Callable[[], Group]] = {table.__name__: table for table in ALL}
 # Whose groups of lines begin with the one that the others are compared with.
 COMPARED = ("grid", "kd", "best", "beyond", "few", "models", "peers", "resnet20")
-# Whose lines are about time as well.
-TIMED = ("peers",)
 
 
 def main() -> None:
@@ -212,19 +214,16 @@ def main() -> None:
             if options.seeds is None or row.seed in options.seeds:
                 rows.run(row)
     for name in options.tables:
-        print(f"\n### {name}\n\n{TABLES[name].__doc__}\n")
-        print_table(rows, TABLES[name](), compared=name in COMPARED, timed=name in TIMED)
+        print(f"\n### {name}\n\n{inspect.cleandoc(TABLES[name].__doc__)}\n")
+        print_table(rows, TABLES[name](), compared=name in COMPARED)
 
 
-def print_table(rows: Rows, table: Group, compared: bool, timed: bool) -> None:
-    """Print a line for each entry.
-
-    If `compared`, also how far the first of each group, SQAKD, is ahead of it; if `timed`, how long its training took.
-    """
+def print_table(rows: Rows, table: Group, compared: bool) -> None:
+    """Print a line for each entry; if `compared`, also how far the first of each group, SQAKD, is ahead of it."""
     width = len(next(iter(table)))
-    last = " SQAKD is ahead by |" * compared + " seconds of training |" * timed
+    last = " SQAKD is ahead by |" * compared
     print(f"|{' |' * width} accuracy | behind the teacher | agreement |{last}")
-    print("|---" * (width + 3 + compared + timed) + "|")
+    print("|---" * (width + 3 + compared) + "|")
     for key, wanted in table.items():
         first = next(others for other, others in table.items() if other[: width - 1] == key[: width - 1])
         ahead = f" {'' if first is wanted else paired(rows, first, wanted)} |" if compared else ""
@@ -232,8 +231,7 @@ def print_table(rows: Rows, table: Group, compared: bool, timed: bool) -> None:
             [100 * (result["teacher"]["accuracy"] - result["student"]["accuracy"]) for result in found(rows, wanted)]
         )
         agreement = spread([100 * result["student"]["agreement"] for result in found(rows, wanted)])
-        seconds = f" {spread([result['seconds'] for result in found(rows, wanted)])} |" if timed else ""
-        print(f"| {' | '.join(key)} | {cell(rows, wanted)} | {behind} | {agreement} |{ahead}{seconds}")
+        print(f"| {' | '.join(key)} | {cell(rows, wanted)} | {behind} | {agreement} |{ahead}")
 
 
 def found(rows: Rows, wanted: Sequence[Row]) -> list[dict[str, Any]]:
