@@ -72,13 +72,21 @@ def main() -> None:
         if name == LITE0:
             images = crops(photographs("flower", "astronaut", "coffee", "rocket"), 64, seed=1)
         else:
-            model.train()(images)
+            see(model, images)
         for quantizer in options.quantizers:
             for bits in options.bits:
                 student = student_of(model, quantizer, bits, images)
                 cells = compare(student, images[:8], options.agreement_images if name == LITE0 else 0)
                 tqdm.write(f"| {name} | {quantizer} W{bits}A{bits} | {' | '.join(cells)} |")
                 progress.update()
+
+
+def see(model: nn.Module, images: torch.Tensor) -> None:
+    """Give BatchNorm the statistics of these images, all of them: else what deep layers put out fades away."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    model.train()(images)
 
 
 def student_of(model: nn.Module, quantizer: str, bits: int, images: torch.Tensor) -> nn.Module:
