@@ -4,8 +4,8 @@
     python benchmarks/export_models.py
 
 Random weights with BatchNorm statistics of noise, but EfficientNet-Lite0, which has its ImageNet weights and sees
-photograph crops; students are calibrated, not trained, and EWGS's ranges are then moved as a training would. `codes`
-are those of activations that differ where each layer computes on the student's codes, with ONNX Runtime's
+photograph crops; students are calibrated, not trained, and their ranges are then moved at random as a training would.
+`codes` are those of activations that differ where each layer computes on the student's codes, with ONNX Runtime's
 optimisations off, and by how much at most; `logits` the largest relative difference on equal codes, and of the file by
 itself. Bytes: the `int8` file by one byte for each weight, the `packed` one by the saved student's weights.
 `agreement` is the share of other photograph crops for which file, optimised, and student name the same class of 1,000;

@@ -102,7 +102,7 @@ def _results(results: Mapping[str, Mapping[str, Any]], plan: QuantizationPlan) -
         shares = [_share(row.get(metric)) for metric in ("accuracy", "agreement")]
         divergence = "-" if row.get("kl") is None else f"{row['kl']:.4f}"
         images = f"{row['images']:,}" if row.get("images") else "-"
-        size = _float_bytes(plan) if key == "teacher" else plan.weight_bytes()
+        size = plan.float_bytes() if key == "teacher" else plan.weight_bytes()
         rows.append((title, *shares, divergence, images, f"{size:,}"))
     head = ("", "accuracy", "agreement with the teacher", "divergence (T² · KL)", "images", "bytes of weights")
     return _table(head, rows) + _note("- : not measured.")
@@ -110,10 +110,6 @@ def _results(results: Mapping[str, Mapping[str, Any]], plan: QuantizationPlan) -
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.2%}"
-
-
-def _float_bytes(plan: QuantizationPlan) -> int:
-    return sum(4 * layer.num_weights for layer in plan)
 
 
 def _learning_curve(log_history: Sequence[Mapping[str, Any]]) -> str:
@@ -127,9 +123,9 @@ def _trade_off(
 ) -> str:
     metric = next((name for name in ("accuracy", "agreement") if _measured(results, name)), None)
     if metric is None:
-        return _latency_table(latency) if latency else _note("Neither accuracy nor speed was measured.")
+        return _latency_table(latency) if latency else _note("Neither accuracy nor speed is known here.")
     quality = {key: results[key][metric] for key, _ in ROWS if results.get(key, {}).get(metric) is not None}
-    bytes_of = {"teacher": _float_bytes(plan), "calibrated": plan.weight_bytes(), "student": plan.weight_bytes()}
+    bytes_of = {"teacher": plan.float_bytes(), "calibrated": plan.weight_bytes(), "student": plan.weight_bytes()}
     sizes = [(title, bytes_of[key], quality[key]) for key, title in ROWS if key in quality]
     times = []
     for each in () if latency is None else latency["latencies"]:
@@ -141,12 +137,13 @@ def _trade_off(
         "Accuracy against size and speed", lambda file: plot_trade_off(sizes, times, label, file, format="svg")
     )
     if latency is None:
-        return figure + _note("Speed was not measured: `sqakd inspect STUDENT --html FILE` does.")
+        return figure + _note("Speed was not measured: `sqakd inspect STUDENT --html FILE` does, with sqakd-hf[onnx].")
     return figure + _latency_table(latency)
 
 
 def _measured(results: Mapping[str, Mapping[str, Any]], metric: str) -> bool:
-    return results.get("student", {}).get(metric) is not None
+    # The teacher agrees with itself, whatever was measured.
+    return any(results.get(key, {}).get(metric) is not None for key in ("calibrated", "student"))
 
 
 def _latency_table(latency: Mapping[str, Any]) -> str:
@@ -189,8 +186,10 @@ def _layers(
     for line in (*plan.layers, *plan.others, *plan.attention, *plan.residuals):
         cells = [escape(line.name), _bits_cell(line), f"{line.num_weights:,}" if line.num_weights else ""]
         cells += _codes_cells(codes.get(line.name) if line.weight_bits else None) if codes else ()
-        cells += [_sqnr_cell(layer_sqnr[key].get(line.name), key) for key in stages]
-        cells += [_kernel_cell(kernels.get(line.name), engine, reasons) for engine in engines]
+        # A residual's or attention's line can have a layer's name.
+        own = line.weight_bits is not None
+        cells += [_sqnr_cell(layer_sqnr[key].get(line.name) if own else None, key) for key in stages]
+        cells += [_kernel_cell(kernels.get(line.name) if own else None, engine, reasons) for engine in engines]
         rows.append(cells)
     head = ["layer", "bits", "weights", *(("weight codes", "used", "entropy") if codes else ())]
     head += [f"SQNR {title}" for title in stages.values()] + list(engines.values())

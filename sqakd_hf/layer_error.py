@@ -1,5 +1,6 @@
 """How far each quantized layer's output is from the same layer's in the teacher."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from .convert import quantized_layers
 from .outputs import run_model
+from .quantizers import FakeQuantizer
 from .trace import evaluating
 
 
@@ -15,16 +17,18 @@ def layer_sqnr(student: nn.Module, teacher: nn.Module, batches: Iterable[torch.T
     """Return each quantized layer's signal-to-quantization-noise ratio, in the model's order.
 
     `10 · log10(Σ teacher² / Σ (teacher - student)²)`, in dB, over all elements of the layer's output: 20 dB are an
-    error of a tenth, 0 dB one as large as the signal. It holds what the layers before it did as well. Layers that the
-    teacher has not, or whose module is not called, are left out; so are layers that are called several times.
+    error of a tenth, 0 dB one as large as the signal. It holds what the layers before it did as well. Layers whose
+    module is not called once are left out, and those whose outputs are not finite. A teacher of another architecture
+    has nothing to compare: the result is empty.
 
     Args:
         student (`nn.Module`): A calibrated student.
-        teacher (`nn.Module`): The model it was copied from, on the same device.
+        teacher (`nn.Module`): The model it was copied from, or another with the same weights by name and shape, on the
+            same device.
         batches (`Iterable[torch.Tensor]`): Images `(B, C, H, W)` on that device, as both take them. Both run in eval
             mode; their own mode is restored.
     """
-    names = [name for name in quantized_layers(student) if _has(teacher, name)]
+    names = list(quantized_layers(student)) if _shapes(student) == _shapes(teacher) else []
     sums: dict[str, torch.Tensor] = {}
     with evaluating(student), evaluating(teacher):
         for images in batches:
@@ -36,15 +40,14 @@ def layer_sqnr(student: nn.Module, teacher: nn.Module, batches: Iterable[torch.T
                     sums[name] = sums[name] + pair if name in sums else pair
     tiny = torch.finfo(torch.float32).tiny
     in_order = {name: sums[name].clamp(min=tiny) for name in names if name in sums}
-    return {name: 10 * float(torch.log10(signal / noise)) for name, (signal, noise) in in_order.items()}
+    ratios = {name: 10 * float(torch.log10(signal / noise)) for name, (signal, noise) in in_order.items()}
+    return {name: ratio for name, ratio in ratios.items() if math.isfinite(ratio)}
 
 
-def _has(model: nn.Module, name: str) -> bool:
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of a model's tensors by name, without those of quantizers."""
+    own = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FakeQuantizer))
+    return {name: tensor.shape for name, tensor in model.state_dict().items() if not name.startswith(own or ("\0",))}
 
 
 def _outputs(model: nn.Module, names: Iterable[str], images: torch.Tensor) -> dict[str, torch.Tensor]:

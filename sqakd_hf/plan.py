@@ -139,6 +139,10 @@ class QuantizationPlan:
         lines = (*self.layers, *self.others)
         return sum((line.num_weights * (line.weight_bits or 32) + 7) // 8 for line in lines)
 
+    def float_bytes(self) -> int:
+        """The bytes of the same weights in float32."""
+        return sum(4 * line.num_weights for line in (*self.layers, *self.others))
+
     def coverage(self) -> Coverage:
         """Count what is quantized, in layers, weights, multiply-accumulates, bytes and bit operations."""
         lines = (*self.layers, *self.others)

@@ -11,9 +11,12 @@ from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from transformers import PreTrainedModel
 
 from .card import model_card
-from .errors import UploadError, reason
+from .errors import InputError, UploadError, quote, reason
 from .html_report import html_report
 from .modeling import processor_of
+
+
+REPORT = "report.html"
 
 
 def push_to_hub(
@@ -37,11 +40,15 @@ def push_to_hub(
         repo_id (`str`): Repository, created where it does not exist.
         commit_message, commit_description, private, token, revision, create_pr, max_shard_size, tags (*optional*):
             As in [`~transformers.PreTrainedModel.push_to_hub`].
-        **card: What [`~sqakd_hf.card.model_card`] takes. A card that the repository has is kept.
+        **card: What [`~sqakd_hf.card.model_card`] takes, but for names of files. A card that the repository has is
+            kept; the report is written anew, of the weights.
 
     Raises:
+        `InputError`: `card` names files, which are not uploaded.
         `UploadError`: The Hub refused, or the connection broke.
     """
+    if files := card.keys() & {"learning_curve", "report"}:
+        raise InputError(f"push_to_hub writes its own report: leave out {quote(sorted(files))}.")
     api = HfApi(token=token)
     tags = [tags] if isinstance(tags, str) else [*(tags or ()), *(model.model_tags or ())]
     with tempfile.TemporaryDirectory() as folder:
@@ -49,20 +56,20 @@ def push_to_hub(
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if (processor := processor_of(model)) is not None:
             processor.save_pretrained(folder)
+        with open(os.path.join(folder, REPORT), "w", encoding="utf-8") as file:
+            file.write(html_report(model, repo_id))
         with upload_errors(repo_id, "Nothing was changed on this side"):
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             try:
                 written = ModelCard.load(repo_id, token=token)
                 written.data.tags = list(dict.fromkeys([*(written.data.tags or ()), *tags])) or None
             except EntryNotFoundError:
-                with open(os.path.join(folder, "report.html"), "w", encoding="utf-8") as file:
-                    file.write(html_report(model, repo_id))
                 written = model_card(
                     model,
                     repo_id,
                     tags=tags,
                     stored_bytes=weight_bytes(folder),
-                    report="report.html",
+                    report=REPORT,
                     **{"base_model": model.hf_quantizer.base_model, **card},
                 )
             written.save(os.path.join(folder, "README.md"))

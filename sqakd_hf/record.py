@@ -3,12 +3,13 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.utils import cached_file
 
 from .errors import InputError
+from .hub import hub_is_reachable
 
 
 RECORD_FILE = "training_record.json"
@@ -30,30 +31,36 @@ class TrainingRecord:
     layer_sqnr: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write the record into the student's folder."""
+        """Write the record into the student's folder; what callbacks logged and is no number is left out."""
+        logs = [{key: float(value) for key, value in log.items() if _is_number(value)} for log in self.log_history]
+        text = json.dumps({"results": self.results, "log_history": logs, "layer_sqnr": self.layer_sqnr}, indent=1)
         with open(os.path.join(folder, RECORD_FILE), "w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1)
+            file.write(text)
 
     @classmethod
     def load(cls, name: str) -> "TrainingRecord":
         """Return the record of a student's folder or Hub id; an empty one where there is none.
 
+        Fields that a later version wrote are left out.
+
         Raises:
             `InputError`: A file that is no record.
         """
-        path = cached_file(
-            name,
-            RECORD_FILE,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        if path is None:
+        try:
+            path = cached_file(name, RECORD_FILE, local_files_only=not (os.path.isdir(name) or hub_is_reachable()))
+        except OSError:  # no such file, or no such repository
             return cls()
         try:
             with open(path, encoding="utf-8") as file:
-                return cls(**json.load(file))
-        except (ValueError, TypeError) as error:
-            raise InputError(
-                f"{path!r} is no record of a training: {error}. Remove it to go on without it."
-            ) from error
+                stated = json.load(file)
+            return cls(
+                {key: dict(row) for key, row in stated.get("results", {}).items()},
+                [dict(log) for log in stated.get("log_history", [])],
+                {key: dict(layers) for key, layers in stated.get("layer_sqnr", {}).items()},
+            )
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{path!r} is no record of a training: {error}. Remove it to go on without.") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (hasattr(value, "item") and getattr(value, "ndim", 0) == 0)

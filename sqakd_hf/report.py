@@ -24,10 +24,9 @@ def results_table(results: Mapping[str, Mapping[str, float | None]], plan: Quant
             [0, 1]) and `kl`; a value that was not measured is `None`.
         plan (`QuantizationPlan`): The student's plan, for its bits and the bytes of its weights.
     """
-    float_bytes = sum(layer.num_weights * 4 for layer in plan)
     rows = [("", "accuracy", "agreement", "KL", "bits", "weight bytes")]
     for key, title in ROWS:
-        bits, size = ("float", float_bytes) if key == "teacher" else (plan.bits(), plan.weight_bytes())
+        bits, size = ("float", plan.float_bytes()) if key == "teacher" else (plan.bits(), plan.weight_bytes())
         metrics = results[key]
         shares = [_cell(metrics[name], "{:.2%}") for name in ("accuracy", "agreement")]
         rows.append((title, *shares, _cell(metrics["kl"], "{:.4f}"), bits, f"{size:,}"))
@@ -53,7 +52,9 @@ def plot_learning_curve(
     titles = ("KL divergence from the teacher (T² · KL)", "agreement with the teacher's top-1")
     for axes, name, label in zip(panels, ("loss", "agreement"), titles, strict=True):
         for prefix, legend, style in (("", "training images", "-"), ("eval_", "held-out images", "o-")):
-            points = [(log["epoch"], log[prefix + name]) for log in log_history if prefix + name in log]
+            points = [
+                (log["epoch"], log[prefix + name]) for log in log_history if {"epoch", prefix + name} <= log.keys()
+            ]
             if points:
                 axes.plot(*zip(*points, strict=True), style, label=legend, markersize=4)
         axes.set_xlabel("epoch")
@@ -106,13 +107,13 @@ def _figure(title: str) -> tuple["Figure", Sequence["Axes"]]:
     panels = figure.subplots(1, 2)
     for axes in panels:
         axes.grid(alpha=0.3)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     return figure, panels
 
 
 def _save(figure: "Figure", path: str | Path | IO, format: str) -> None:
     from matplotlib import rc_context
 
-    # Text stays text in an SVG, and two reports of one student are the same.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "sqakd_hf"}):
+    # Text stays text in an SVG, two reports of one student are the same, and two figures of one page share no id.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": figure.axes[0].get_xlabel()}):
         figure.savefig(path, dpi=120, format=format, metadata={"Date": None} if format == "svg" else None)

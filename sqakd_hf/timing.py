@@ -2,20 +2,24 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
 
+Name = TypeVar("Name", bound=Hashable)
+
+
 def interleaved(
-    steps: dict[str, Callable[[], object]], rounds: int, device: str = "cpu", warm_up: int = 3
-) -> dict[str, list[float]]:
+    steps: dict[Name, Callable[[], object]], rounds: int, device: str = "cpu", warm_up: int = 3
+) -> dict[Name, list[float]]:
     """Run every step once a round, in turn, and return the seconds of each: what disturbs one round disturbs all.
 
     The first `warm_up` rounds compile kernels and fill caches, and are not counted.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[Name, list[float]] = {name: [] for name in steps}
     for number in tqdm(range(-warm_up, rounds), "Rounds", leave=False):
         for name, step in steps.items():
             synchronize(device)

@@ -1,15 +1,18 @@
 """`SQAKDTrainer`: transformers' Trainer whose loss is the student's divergence from its teacher."""
 
 import contextlib
+import copy
 import functools
 import json
 import logging
 import math
 import os
+import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NoReturn
 
+import numpy as np
 import safetensors.torch
 import torch
 from accelerate.utils import DynamoBackend
@@ -349,23 +352,28 @@ class SQAKDTrainer(Trainer):
     def measure_layers(self, images: int = 64) -> dict[str, float]:
         """Return how far each layer's output is from the teacher's, in dB, and keep it for the report.
 
-        See [`~sqakd_hf.layer_error.layer_sqnr`]. It is empty where the teacher is of another architecture, or there
-        are several.
+        See [`~sqakd_hf.layer_error.layer_sqnr`]. It is empty where the teacher is of another architecture, where there
+        are several, and for a student that is sharded over processes. Random augmentation draws the same numbers each
+        time, and training's random numbers stay what they are.
 
         Args:
-            images (`int`, *optional*, defaults to 64): So many of the first training images.
+            images (`int`, *optional*, defaults to 64): So many of the first training images, at least 2.
         """
         if not is_calibrated(self.model):
             raise InputError("The student has no ranges yet. Call trainer.calibrate() or trainer.train() first.")
         if self.train_dataset is None:
-            raise InputError(
-                "Layers are measured on training images: pass train_dataset, or call layer_sqnr yourself."
-            )
+            raise InputError("Layers are measured on training images: pass train_dataset.")
+        if images < 2:
+            raise InputError(f"images must be at least 2, got {images!r}.")
         if len(self.teacher.models) > 1 or _is_sharded(self.model):
             return {}
         self._move_model_to_device(self.model, self.args.device)
-        batches = (batch.to(self.args.device) for batch in self._first_batches(images))
-        self.layer_sqnr[self._measured_as] = layer_sqnr(self.model, self.teacher.models[0], batches)
+        teacher = self.teacher.models[0]
+        if any(parameter.dtype != torch.float32 for parameter in teacher.parameters()):
+            teacher = copy.deepcopy(teacher).float()
+        with _same_random_numbers(self.args.seed):
+            batches = (batch.to(self.args.device) for batch in self._first_batches(images))
+            self.layer_sqnr[self._measured_as] = layer_sqnr(self.model, teacher, batches)
         return self.layer_sqnr[self._measured_as]
 
     @torch.no_grad()
@@ -722,12 +730,14 @@ class SQAKDTrainer(Trainer):
             os.makedirs(folder, exist_ok=True)
             record = TrainingRecord(self.results, self.state.log_history, self.layer_sqnr)
             record.save(folder)
-            curve, report = "learning_curve.png", None if _is_sharded(self.model) else "report.html"
+            curve = "learning_curve.png" if any("loss" in log for log in self.state.log_history) else None
+            report = None if _is_sharded(self.model) else "report.html"
             if report is not None:
                 page = html_report(self.model, name, record)
                 with open(os.path.join(folder, report), "w", encoding="utf-8") as file:
                     file.write(page)
-            plot_learning_curve(self.state.log_history, os.path.join(folder, curve), name)
+            if curve is not None:
+                plot_learning_curve(self.state.log_history, os.path.join(folder, curve), name)
             card = model_card(
                 self.model,
                 name,
@@ -844,6 +854,21 @@ def _listed(names: str | list[str] | None) -> list[str]:
 
 def _agreement(student: Prediction, teacher: Prediction, mask: torch.Tensor | None) -> torch.Tensor:
     return masked_mean((student.classes() == teacher.classes()).float(), mask, "none")
+
+
+@contextlib.contextmanager
+def _same_random_numbers(seed: int) -> Iterator[None]:
+    """Context in which images are augmented by the same random numbers each time, and nobody else's are used up."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.default_generator.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 class _RunningMean:

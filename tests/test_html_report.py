@@ -1,3 +1,4 @@
+import dataclasses
 import re
 from html.parser import HTMLParser
 
@@ -132,6 +133,25 @@ class TestHTMLReport:
         ):
             assert expected in page.text
         assert "figure" not in page.tags and "ntropy" not in page.text
+
+    def test_lines_that_share_a_layers_name_do_not_repeat_its_numbers(self):
+        model = student()
+        plan = model.quantization_plan
+        name = plan.layers[1].name
+        residual = dataclasses.replace(plan.layers[1], num_weights=0, weight_bits=None)
+        model.quantization_plan = dataclasses.replace(plan, residuals=(residual,))
+        page = html_report(model, "net", TrainingRecord(layer_sqnr={"student": {name: 12.3}}), deploy_of(model))
+        assert page.count(f"<td>{name}</td>") == 2 and page.count("12.3 dB") == 1
+
+    def test_a_calibrated_student_that_was_measured(self):
+        results = {key: RESULTS[key] for key in ("teacher", "calibrated")}
+        page = Page(html_report(student(), "net", TrainingRecord(results)))
+        assert "30.00%" in page.text and "figure" in page.tags and "is known here" in page.text
+
+    def test_ids_are_given_once(self):
+        text = html_report(student(), "net", TrainingRecord(RESULTS, LOGS), None, LATENCY)
+        ids = [each for each in re.findall(r'id="(m[0-9a-f]+|p[0-9a-f]+)"', text)]
+        assert ids and len(ids) == len(set(ids))
 
     def test_without_labels_the_agreement_stands_for_the_accuracy(self):
         results = {key: {**row, "accuracy": None} for key, row in RESULTS.items()}

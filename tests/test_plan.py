@@ -588,3 +588,9 @@ class TestExampleImages:
             for dtype in (torch.float32, torch.bfloat16)
         ]
         assert plans[0] == plans[1] and plans[1].coverage().macs > 0
+
+
+def test_float_bytes_are_those_of_all_weights():
+    lines = tuple(LayerPlan(name, "Linear", count, "lsq", 2, 2) for name, count in (("a", 10), ("b", 100)))
+    plan = QuantizationPlan(lines, others=(LayerPlan("gru", "GRU", 1000, skipped="no quantized form"),))
+    assert plan.float_bytes() == 4 * 1110 > plan.weight_bytes() > 4 * 1000

@@ -135,6 +135,18 @@ assert AutoImageProcessor.from_pretrained("me/student").crop_size["height"] == 1
     )
 
 
+def test_another_upload_brings_its_own_report(hub, run):
+    run(
+        """
+        student(0).push_to_hub("me/student")
+        student(1).push_to_hub("me/student")
+        assert "leave out 'report'" in str(raised(lambda: student().push_to_hub("me/student", report="a.html")))
+        """
+    )
+    first, second = [commit for commit in hub.repos["me/student"].commits if "report.html" in commit.files]
+    assert first.files["report.html"] != second.files["report.html"]
+
+
 def test_revisions_are_kept_apart(hub, run):
     run(
         """
@@ -223,7 +235,7 @@ def test_the_trainer_uploads_packed_students_by_every_strategy(hub, run, tmp_pat
     assert bool(progress) is (strategy != "end")
     final = files(hub, "me/run")
     assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} <= final.keys()
-    assert {"report.html", "training_record.json", "learning_curve.png"} <= final.keys()
+    assert {"report.html", "training_record.json"} <= final.keys()
     for commit in repo.commits:
         if "model.safetensors" in commit.files:
             assert is_packed(commit.files["model.safetensors"])

@@ -1,10 +1,13 @@
 import copy
 import json
 import os
+import random
 import signal
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback
@@ -352,6 +355,44 @@ class TestSaving:
         trainer = make_trainer(tmp_path / "new" / "folder", tiny_vit)
         trainer.create_model_card()
         assert "has no ranges yet" in (tmp_path / "new" / "folder" / "report.html").read_text()
+
+    def test_a_card_bears_what_callbacks_log_and_odd_names(self, tmp_path):
+        trainer = make_trainer(tmp_path / "run_$a_{$b", tiny_vit)
+        trainer.calibrate()
+        trainer.state.log_history += [{"loss": torch.tensor(1.0), "epoch": 1}, {"loss": 0.5}, {"word": "text"}]
+        trainer.create_model_card()
+        assert (tmp_path / "run_$a_{$b" / "learning_curve.png").exists()
+        assert TrainingRecord.load(str(tmp_path / "run_$a_{$b")).log_history[0] == {"loss": 1.0, "epoch": 1.0}
+
+    def test_measuring_layers_changes_no_training_and_draws_the_same_images(self, tmp_path):
+        class Noisy(Images):
+            def __getitem__(self, index):
+                noise = torch.randn(3, 1, 1) + random.random() + np.random.rand()
+                return {"pixel_values": self.pixels[index] + noise.float()}
+
+        trained = []
+        for measures in (False, True):
+            student, teacher = models()
+            trainer = SQAKDTrainer(student, teacher, arguments(tmp_path), Noisy())
+            transformers.set_seed(5)
+            trainer.calibrate()
+            if measures:
+                before = trainer.measure_layers(8)
+                assert trainer.measure_layers(8) == before
+            trainer.train()
+            trained.append(student)
+        assert_same_state(*trained)
+
+    def test_layers_of_a_half_precision_teacher(self, tmp_path):
+        student, teacher = models()
+        trainer = SQAKDTrainer(
+            student, teacher.bfloat16(), arguments(tmp_path, teacher_dtype="bfloat16"), Images(), Images(11)
+        )
+        trainer.calibrate()
+        assert len(trainer.measure_layers(4)) == len(student.quantization_plan.quantized)
+        assert all(parameter.dtype == torch.bfloat16 for parameter in teacher.parameters())
+        with pytest.raises(InputError, match="images must be at least 2, got 1"):
+            trainer.measure_layers(1)
 
     def test_layers_are_not_measured_where_there_is_nothing_to_compare(self, tmp_path):
         student, teacher = models()

@@ -25,6 +25,7 @@ class BenchmarkArguments:
     batch_size: int = field(default=1, metadata={"help": "images in a batch"})
     threads: int = field(default=1, metadata={"help": "threads of each engine"})
     rounds: int = field(default=20, metadata={"help": "so many times all variants run in turn"})
+    signed_activations: bool = field(default=False, metadata={"help": "of int8 activations, see sqakd export"})
     json: bool = field(default=False, metadata={"help": "print JSON"})
 
 
@@ -32,10 +33,11 @@ def main(argv: Sequence[str]) -> None:
     """Run the command."""
     options, quantization = parse_with_quantization(BenchmarkArguments, "sqakd benchmark", __doc__, argv)
     report = measure_latency(
-        student_or_plan(options.model, quantization.to_config(), options.image_size, options.num_labels),
+        student_or_plan(options.model, quantization, options.image_size, options.num_labels),
         image_size=options.image_size,
         batch_size=options.batch_size,
         threads=options.threads,
         rounds=options.rounds,
+        signed_activations=options.signed_activations,
     )
     print(json.dumps(report.to_dict(), indent=2) if options.json else report)

@@ -195,15 +195,17 @@ def distil(script: ScriptArguments, quantization: QuantizationArguments, args: D
     results["student"] = evaluate(trainer, test)
     trainer.measure_layers()
 
+    if trainer.is_world_process_zero():
+        results["arguments"] = {**asdict(script), **config.to_dict(), "training": json.loads(args.to_json_string())}
+        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     if args.push_to_hub:
         trainer.push_to_hub(dataset=script.dataset)
     else:
         trainer.save_model()
         trainer.create_model_card(dataset=script.dataset)
     if trainer.is_world_process_zero():
-        results["arguments"] = {**asdict(script), **config.to_dict(), "training": json.loads(args.to_json_string())}
-        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        print(f"\n{results_table(results, plan)}\n\nThe student, results.json and report.html are in {output}.")
+        report = " and report.html" * (output / "report.html").exists()
+        print(f"\n{results_table(results, plan)}\n\nStudent, card, results.json{report} are in {output}.")
 
 
 def get_teacher(script: ScriptArguments, args: DistillationArguments, data: ImageData) -> tuple[PreTrainedModel, bool]:

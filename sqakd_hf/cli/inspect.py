@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..convert import is_calibrated
 from ..errors import InputError
 from ..html_report import html_report
 from ..record import TrainingRecord
@@ -38,7 +39,8 @@ def main(argv: Sequence[str]) -> None:
     """Run the command."""
     options, quantization = parse_with_quantization(InspectArguments, "sqakd inspect", __doc__, argv)
     path = None if options.html is None else _writable(options.html)
-    student = student_or_plan(options.model, quantization.to_config(), options.image_size, options.num_labels)
+    student = student_or_plan(options.model, quantization, options.image_size, options.num_labels)
+    record = TrainingRecord.load(options.model) if is_calibrated(student) else TrainingRecord()
     plan = student.quantization_plan
     deploy, latency, missing = None, None, ""
     try:
@@ -53,11 +55,16 @@ def main(argv: Sequence[str]) -> None:
             image_size=options.image_size,
         )
         if path is not None:
-            latency = measure_latency(student, image_size=options.image_size, rounds=10).to_dict()
+            latency = measure_latency(
+                student,
+                image_size=options.image_size,
+                rounds=10,
+                signed_activations=options.signed_activations,
+            ).to_dict()
     facts = {"plan": plan.to_dict(), "deploy": None if deploy is None else deploy.to_dict()}
     if path is not None:
         name = os.path.basename(os.path.abspath(options.model)) if os.path.isdir(options.model) else options.model
-        page = html_report(student, name, TrainingRecord.load(options.model), facts["deploy"], latency)
+        page = html_report(student, name, record, facts["deploy"], latency)
         path.write_text(page, encoding="utf-8")
     print(json.dumps(facts, indent=2) if options.json else f"{plan}\n\n{missing or deploy}")
     if path is not None and not options.json:

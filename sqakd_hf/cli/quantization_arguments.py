@@ -33,6 +33,11 @@ class QuantizationArguments:
     modules_to_not_convert: list[str] = field(default_factory=list, metadata={"help": "name patterns left in float"})
     quantizer_kwargs: str = field(default="{}", metadata={"help": 'JSON options of the quantizer: {"delta": 0.01}'})
 
+    def given(self) -> list[str]:
+        """Return the names of the arguments that are not at their defaults."""
+        defaults = asdict(QuantizationArguments())
+        return [name for name, value in asdict(self).items() if value != defaults[name]]
+
     def to_config(self) -> QuantizationConfig:
         """Return the configuration that the arguments describe."""
         options = asdict(self)

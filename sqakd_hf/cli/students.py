@@ -3,10 +3,10 @@
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..configuration import QuantizationConfig
 from ..convert import quantize_model, quantized_layers
 from ..errors import InputError
 from ..modeling import WeightsNotFoundError, build_model, load_teacher
+from .quantization_arguments import QuantizationArguments
 
 
 def load_student(name: str) -> PreTrainedModel:
@@ -17,12 +17,17 @@ def load_student(name: str) -> PreTrainedModel:
     return model.eval()
 
 
-def student_or_plan(name: str, config: QuantizationConfig, image_size: int | None, num_labels: int) -> nn.Module:
-    """Return the saved student of this name, or what `config` makes of the float model, without ranges."""
+def student_or_plan(
+    name: str, quantization: QuantizationArguments, image_size: int | None, num_labels: int
+) -> nn.Module:
+    """Return the saved student of this name, or what the arguments make of the float model, without ranges."""
+    config = quantization.to_config()
     try:
         model = load_teacher(name)
     except WeightsNotFoundError:
         model = build_model(name, num_labels, image_size)  # what is quantized does not depend on the weights
     if not quantized_layers(model):
         quantize_model(model, config)
+    elif given := quantization.given():
+        raise InputError(f"{name!r} is a student, whose quantization is its own. Leave out --{', --'.join(given)}.")
     return model.eval()

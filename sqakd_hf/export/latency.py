@@ -7,7 +7,6 @@ import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,10 +22,10 @@ from ..outputs import predict
 from ..timing import interleaved, ratios
 from .exporter import export_onnx
 from .preparation import noise, require_student, with_ranges
-from .tracing import INPUT, trace
+from .tracing import INPUT, Outputs, trace
 
 
-ENGINES = {"PyTorch": "torch", "ONNX Runtime": "onnxruntime", "OpenVINO": "openvino"}
+NAMES = ("PyTorch", "ONNX Runtime", "OpenVINO")
 FLOAT, INT8 = "float32", "int8 file"
 REPEATS = 5  # batches in one go, so that most find their weights in the caches, as where one model runs
 Run = Callable[[], object]
@@ -37,7 +36,7 @@ class Latency:
     """The time of one variant.
 
     Args:
-        engine (`str`): A name in `ENGINES`.
+        engine (`str`): A name in `NAMES`.
         what (`str`): `"float32"`, `"student"` (integers simulated in float) or `"int8 file"` (the student exported).
         milliseconds (`float`): Median time of a batch.
         speed_up (`float`): Median over the rounds of PyTorch's float32 time by this one's.
@@ -98,6 +97,7 @@ def measure_latency(
     batch_size: int = 1,
     threads: int = 1,
     rounds: int = 20,
+    signed_activations: bool = False,
     output_field: str | None = None,
 ) -> LatencyReport:
     """Time the float network, its student and the student's `"int8"` file on this machine's processor.
@@ -111,13 +111,14 @@ def measure_latency(
         batch_size (`int`, *optional*, defaults to 1): Images in a batch.
         threads (`int`, *optional*, defaults to 1): Threads of every engine.
         rounds (`int`, *optional*, defaults to 20): At least 2.
+        signed_activations (`bool`, *optional*, defaults to `False`): Of the file, see [`export_onnx`].
         output_field (`str`, *optional*): Which output holds the class logits, for models with several heads.
 
     Raises:
         `InputError`: No student, a number that is not positive, an operator or a size that can't be exported.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("threads", threads, 1), ("rounds", rounds, 2)):
-        if not isinstance(value, int) or value < least:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"{name} must be an integer of at least {least}, got {value!r}.")
     student = require_student(model)
     example = noise(student, image_size)
@@ -131,7 +132,14 @@ def measure_latency(
         with tqdm(total=2, desc="Exporting", unit="file", leave=False) as progress:
             export_float(plain, example, files[FLOAT], output_field)
             progress.update()
-            export_onnx(student, files[INT8], output_field=output_field, images=example, verify=False)
+            export_onnx(
+                student,
+                files[INT8],
+                signed_activations=signed_activations,
+                output_field=output_field,
+                images=example,
+                verify=False,
+            )
             progress.update()
         runs: dict[tuple[str, str], Run] = {
             ("PyTorch", FLOAT): functools.partial(predict, plain, {INPUT: images}, output_field),
@@ -140,7 +148,7 @@ def measure_latency(
         for what, path in files.items():
             found = engine_runs(path, images, threads, in_float32=what == FLOAT)
             runs |= {(engine, what): run for engine, run in found.items()}
-        in_order = sorted(runs, key=lambda key: list(ENGINES).index(key[0]))
+        in_order = sorted(runs, key=lambda key: NAMES.index(key[0]))
         with torch.inference_mode():
             seconds = interleaved({key: functools.partial(repeat, runs[key]) for key in in_order}, rounds)
         float_bytes, file_bytes = (path.stat().st_size for path in files.values())
@@ -153,7 +161,7 @@ def measure_latency(
         threads,
         float_bytes,
         file_bytes,
-        {engine: version(ENGINES[engine]) for engine, _ in seconds},
+        _versions(),
     )
 
 
@@ -161,6 +169,20 @@ def repeat(run: Run) -> None:
     """Run one batch several times."""
     for _ in range(REPEATS):
         run()
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of the engines that are installed, by whichever package."""
+    versions = {"PyTorch": torch.__version__, "ONNX Runtime": onnxruntime.__version__}
+    if _openvino_is_there():
+        import openvino
+
+        versions["OpenVINO"] = openvino.__version__.split("-")[0]
+    return versions
+
+
+def _openvino_is_there() -> bool:
+    return importlib.util.find_spec("openvino") is not None
 
 
 @contextlib.contextmanager
@@ -182,7 +204,7 @@ def export_float(model: nn.Module, example: torch.Tensor, path: Path, output_fie
         path (`Path`): The file.
         output_field (`str`, *optional*): Which output holds the class logits, for models with several heads.
     """
-    trace(_Logits(model.eval(), output_field), type(model).__name__, example).save(path)
+    trace(Outputs(model.eval(), output_field), type(model).__name__, example).save(path)
 
 
 def engine_runs(path: Path, images: torch.Tensor, threads: int, in_float32: bool = False) -> dict[str, Run]:
@@ -195,7 +217,7 @@ def engine_runs(path: Path, images: torch.Tensor, threads: int, in_float32: bool
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     runs: dict[str, Run] = {"ONNX Runtime": lambda: session.run(None, {INPUT: pixels})}
-    if importlib.util.find_spec("openvino"):
+    if _openvino_is_there():
         import openvino
 
         core = openvino.Core()
@@ -205,14 +227,3 @@ def engine_runs(path: Path, images: torch.Tensor, threads: int, in_float32: bool
         request = core.compile_model(core.read_model(path), "CPU", hints).create_infer_request()
         runs["OpenVINO"] = lambda: request.infer({0: pixels})
     return runs
-
-
-class _Logits(nn.Module):
-    """The model's logits alone, for the exporter."""
-
-    def __init__(self, model: nn.Module, output_field: str | None) -> None:
-        super().__init__()
-        self.model, self.output_field = model, output_field
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return predict(self.model, {INPUT: pixel_values}, self.output_field).logits

@@ -183,7 +183,7 @@ class _Weight:
                 self.axis = 0
         if reason is None and container == "int8":
             integers, step = self._widened(integers, step)
-        output, tensor, storage = self._write(integers, step.astype(np.float32), container, reason)
+        output, tensor, storage = self._write(integers, step.astype(np.float32), container, reason, offset)
         self.graph.replace(self.node, output)
         return Placement(self.name, "weight", self.levels, storage, tensor, factor, offset, self.channel_axis, reason)
 
@@ -195,14 +195,15 @@ class _Weight:
         halves = np.round(2 * self.zero_point.astype(np.float64))
         # Mirrored ranges have a zero point in their middle, up to the rounding of float32.
         rounding = 4 * self.levels * np.finfo(np.float32).eps
+        centre = self.levels // 2 if container == "int8" else 0  # int8 is what every engine takes
         if np.abs(2 * self.zero_point - halves).max() > rounding or len(set(halves)) > 1:
-            return codes, 1, 0, "a zero point of its own for each channel"
+            return codes - centre, 1, -centre, "a zero point of its own for each channel"
         for factor in (1, 2) if container == "int8" else (1,):  # doubled codes need one bit more
             offset = -factor * halves[0] / 2
             ends = offset, factor * (self.levels - 1) + offset
             if offset % 1 == 0 and INT8.min <= ends[0] and ends[1] <= INT8.max:
                 return codes * factor + int(offset), factor, int(offset), None
-        return codes, 1, 0, "a zero point between two codes"
+        return codes - centre, 1, -centre, "a zero point between two codes"
 
     def _widened(self, integers: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Multiply each channel of a convolution's integers by a whole number, and divide its step by it.
@@ -253,13 +254,13 @@ class _Weight:
         return _BatchNorm(self.graph, conv, norm) if all(value.is_initializer() for value in constants) else None
 
     def _write(
-        self, integers: np.ndarray, scale: np.ndarray, container: str, reason: str | None
+        self, integers: np.ndarray, scale: np.ndarray, container: str, reason: str | None, offset: int
     ) -> tuple[ir.Value, str, str]:
         """Insert the integers and what computes their values; return the values, the integers' name and type."""
         if self.axis is not None and scale.shape == (1,):
             scale = np.repeat(scale, integers.shape[self.axis])
         if reason is not None:
-            return self._write_shifted(integers, scale, container)
+            return self._write_shifted(integers, scale, container, offset)
         return self._write_dequantized(integers, scale, container, signed=True)
 
     def _write_dequantized(
@@ -270,20 +271,22 @@ class _Weight:
         stored = self.graph.constant(f"{self.name}.weight", integers.astype(dtype.numpy()), dtype)
         options = {} if self.axis is None else {"axis": self.axis}
         scales = self.graph.constant(f"{self.name}.weight_scale", scale if options else scale.reshape(()))
-        name = f"{self.name}.weight_value" if signed else f"{self.name}.weight_steps"
+        name = f"{self.name}.weight_value"
         output = self.graph.insert(
             self.node, "DequantizeLinear", [stored, scales], name, shape=ir.Shape(integers.shape), **options
         )
         return output, stored.name, str(dtype.name).lower()
 
-    def _write_shifted(self, codes: np.ndarray, scale: np.ndarray, container: str) -> tuple[ir.Value, str, str]:
-        """Write codes from 0 and a float shift, for zero points that no integer type has."""
-        output, tensor, storage = self._write_dequantized(codes, scale, container, signed=False)
-        shape = [-1 if axis == self.axis else 1 for axis in range(codes.ndim)]
-        shift = (self.zero_point.astype(np.float64) * scale).astype(np.float32).reshape(shape)
+    def _write_shifted(
+        self, integers: np.ndarray, scale: np.ndarray, container: str, offset: int
+    ) -> tuple[ir.Value, str, str]:
+        """Write codes plus `offset` and a float shift, for zero points that no integer type has."""
+        output, tensor, storage = self._write_dequantized(integers, scale, container, signed=offset < 0)
+        shape = [-1 if axis == self.axis else 1 for axis in range(integers.ndim)]
+        shift = ((self.zero_point.astype(np.float64) + offset) * scale).astype(np.float32).reshape(shape)
         shift = self.graph.constant(f"{self.name}.weight_shift", shift)
         value = self.graph.insert(
-            self.node, "Sub", [output, shift], f"{self.name}.weight_value", shape=ir.Shape(codes.shape)
+            self.node, "Sub", [output, shift], f"{self.name}.weight_shifted", shape=ir.Shape(integers.shape)
         )
         return value, tensor, storage
 
@@ -518,9 +521,14 @@ class _Activation:
 
 
 def _bounds(node: ir.Node) -> tuple[float, float] | None:
-    """Return the ends between which a Relu, or a Clip with constant ends, holds its input; `None` for other nodes."""
+    """Return the ends between which a node holds its first input, if that is all it does and they are constant."""
     if node.op_type == "Relu":
         return 0.0, np.inf
+    if node.op_type in ("Min", "Max") and len(node.inputs) == 2:
+        end = node.inputs[1].const_value
+        if end is None or end.size != 1:
+            return None
+        return (-np.inf, float(end.numpy().item())) if node.op_type == "Min" else (float(end.numpy().item()), np.inf)
     given = [*node.inputs[1:], None, None][:2]
     if node.op_type != "Clip" or any(end is not None and end.const_value is None for end in given):
         return None

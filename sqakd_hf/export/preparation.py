@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..convert import calibrate_model, is_calibrated, quantized_layers
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..modeling import Preprocessing, load_teacher, preprocessing
 from ..trace import example_images
 
@@ -28,7 +28,14 @@ def with_ranges(student: nn.Module, images: torch.Tensor) -> nn.Module:
     if is_calibrated(student):
         return student
     student = copy.deepcopy(student).to("cpu", torch.float32)
-    calibrate_model(student, [images], disable_progress=True)
+    try:
+        calibrate_model(student, [images], disable_progress=True)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{type(student).__name__} does not run on images of {tuple(images.shape[2:])} pixels: {first_line(error)}"
+        ) from error
     return student
 
 
@@ -39,6 +46,8 @@ def expected_images(student: nn.Module) -> Preprocessing | None:
 
 def noise(student: nn.Module, image_size: int | None, count: int = EXAMPLES) -> torch.Tensor:
     """Return images of noise `(count, C, H, W)`, of pixels that an image can have where its preprocessing is known."""
+    if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1):
+        raise InputError(f"image_size must be a positive integer, got {image_size!r}.")
     generator = torch.Generator().manual_seed(0)
     expected = expected_images(student)
     if expected is None:

@@ -9,15 +9,15 @@ from torch import nn
 
 from ..convert import quantized_layers
 from ..layers import QuantizedLayer
-from ..outputs import predict
 from ..quantizers import FakeQuantizer
+from .tracing import Outputs
 
 
 DOMAIN = "sqakd"
 QUANTIZE, DEQUANTIZE = "FakeQuantize", "Dequantize"
 
 
-class Symbolic(nn.Module):
+class Symbolic(Outputs):
     """A copy of `student` that can be exported, from images `(B, C, H, W)` to its class logits (and boxes).
 
     Its quantizers are nodes `sqakd::FakeQuantize(x, scale, zero_point)`, its weights
@@ -31,20 +31,17 @@ class Symbolic(nn.Module):
     """
 
     def __init__(self, student: nn.Module, output_field: str | None = None) -> None:
-        super().__init__()
-        self.student = copy.deepcopy(student).to("cpu", torch.float32).eval()
-        self.output_field = output_field
+        super().__init__(copy.deepcopy(student).to("cpu", torch.float32).eval(), output_field)
         self._calls: Counter[str] = Counter()
-        for name, quantizer in list(self.student.named_modules()):
+        for name, quantizer in list(self.model.named_modules()):
             if isinstance(quantizer, FakeQuantizer) and quantizer.role == "activation":
                 quantizer.forward = _quantizing(quantizer, name, self._calls)
-        for name, layer in quantized_layers(self.student).items():
+        for name, layer in quantized_layers(self.model).items():
             layer.quantized_weight = _dequantizing(layer, name)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         self._calls.clear()
-        prediction = predict(self.student, {"pixel_values": pixel_values}, self.output_field)
-        return (prediction.logits,) if prediction.boxes is None else (prediction.logits, prediction.boxes)
+        return super().forward(pixel_values)
 
 
 def _quantizing(quantizer: FakeQuantizer, name: str, calls: "Counter[str]") -> Callable[[torch.Tensor], torch.Tensor]:

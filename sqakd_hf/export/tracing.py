@@ -10,10 +10,23 @@ import torch
 from torch import nn
 
 from ..errors import InputError, first_line
+from ..outputs import predict
 
 
 INPUT, OUTPUTS = "pixel_values", ("logits", "pred_boxes")
 OPSET = 21  # the first with 4-bit integers and blocks of scales
+
+
+class Outputs(nn.Module):
+    """A model from images `(B, C, H, W)` to what files put out: its class logits, and a detector's boxes."""
+
+    def __init__(self, model: nn.Module, output_field: str | None = None) -> None:
+        super().__init__()
+        self.model, self.output_field = model, output_field
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        prediction = predict(self.model, {INPUT: pixel_values}, self.output_field)
+        return (prediction.logits,) if prediction.boxes is None else (prediction.logits, prediction.boxes)
 
 
 def trace(

@@ -107,6 +107,10 @@ class TestInspect:
 
 
 class TestBenchmark:
+    def test_a_student_keeps_its_quantization(self, distilled):
+        with pytest.raises(SystemExit, match="is a student, whose quantization is its own. Leave out --weight_bits."):
+            main(["benchmark", str(distilled), "--weight_bits", "4"])
+
     def test_a_student(self, distilled, capsys):
         facts = json.loads(printed(capsys, "benchmark", distilled, "--rounds", 2, "--json"))
         engines = {(each["engine"], each["what"]) for each in facts["latencies"]}
@@ -137,6 +141,7 @@ class TestMain:
             ("evaluate nowhere.onnx", "There is no file 'nowhere.onnx'"),
             ("evaluate timm/resnet81", "timm has no model 'resnet81'"),
             ("inspect timm/test_resnet --weight_bits 9", "weight_bits must be an integer from 1 to 8, got 9"),
+            ("inspect timm/test_resnet --image_size -3", "image_size must be a positive integer, got -3"),
             ("benchmark timm/test_resnet --rounds 1", "rounds must be an integer of at least 2, got 1"),
             ("inspect timm/test_resnet --container zip", "container must be one of"),
         ],

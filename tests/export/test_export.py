@@ -46,6 +46,14 @@ def student_of(model, size=IMAGE_SIZE, **config):
     return model.eval()
 
 
+def detector():
+    """A tiny YOLOS, for images of 32 pixels."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = YolosConfig(image_size=[32, 32], patch_size=8, num_detection_tokens=4, num_labels=3, **sizes)
+    return YolosForObjectDetection(config)
+
+
 class EveryQuantizer(nn.Module):
     """A convolution with BatchNorm and a linear layer for each registered quantizer, one after the other."""
 
@@ -152,6 +160,10 @@ class TestEveryQuantizer:
             assert stored[node.input[1]].shape == () and stored[node.input[1]] > 0
             assert stored[node.input[2]].dtype == np.int8 and stored[node.input[2]] == 0
             assert users[node.output[0]] == ["DequantizeLinear"]
+        for node in proto.graph.node:
+            if node.op_type == "DequantizeLinear":  # of weights too, also those that float operations shift
+                assert len(node.input) == 2 or stored[node.input[2]] == 0
+                assert node.input[0] not in stored or stored[node.input[0]].dtype == np.int8
 
 
 class TestRanges:
@@ -436,10 +448,7 @@ class TestModels:
             torch.testing.assert_close(run(tmp_path / "a.onnx", images, "ORT_DISABLE_ALL"), student(images))
 
     def test_a_detector_and_a_change_of_its_boxes(self, tmp_path):
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-        config = YolosConfig(image_size=[32, 32], patch_size=8, num_detection_tokens=4, num_labels=3, **sizes)
-        student = student_of(YolosForObjectDetection(config), 32, weight_bits=4)
+        student = student_of(detector(), 32, weight_bits=4)
         path = tmp_path / "a.onnx"
         export_onnx(student, path, images=noise(size=32))
         assert [value.name for value in onnx.load(path).graph.output] == ["logits", "pred_boxes"]

@@ -7,8 +7,8 @@ import torch
 
 from sqakd_hf import InputError, QuantizationConfig, build_model, is_calibrated, measure_latency, quantize_model
 from sqakd_hf.export.latency import engine_runs, export_float
-from tests.conftest import TinyConvNet
-from tests.export.test_export import noise, student_of
+from tests.conftest import TinyConvNet, tiny_vit
+from tests.export.test_export import detector, noise, student_of
 
 
 def network():
@@ -58,11 +58,28 @@ class TestMeasureLatency:
             ({"rounds": 1}, "rounds must be an integer of at least 2, got 1"),
             ({"threads": 0}, "threads must be an integer of at least 1, got 0"),
             ({"batch_size": 1.5}, "batch_size must be an integer of at least 1, got 1.5"),
+            ({"threads": True}, "threads must be an integer of at least 1, got True"),
         ],
     )
     def test_numbers_that_make_no_sense_are_refused(self, options, message):
         with pytest.raises(InputError, match=message):
             measure_latency(network(), **options)
+
+    def test_sizes_that_a_model_does_not_take_are_refused(self):
+        for size, message in (
+            (0, "image_size must be a positive integer"),
+            (40, "does not run on images of 40, 40|40"),
+        ):
+            student = tiny_vit()
+            quantize_model(student, QuantizationConfig())
+            with pytest.raises(InputError, match=message):
+                measure_latency(student, image_size=size)
+
+    def test_a_detector_is_timed_with_its_boxes(self, tmp_path):
+        model, images = detector().eval(), noise(2, 32)
+        export_float(model, images, tmp_path / "f.onnx")
+        session = onnxruntime.InferenceSession(tmp_path / "f.onnx", providers=["CPUExecutionProvider"])
+        assert [output.name for output in session.get_outputs()] == ["logits", "pred_boxes"]
 
     def test_a_float_model_is_refused(self):
         with pytest.raises(InputError, match="no student of quantize_model"):
