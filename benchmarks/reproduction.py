@@ -134,11 +134,15 @@ def few() -> Group:
 
 def other() -> Group:
     """Distilled on grey patches of photographs: the student sees no image of Fashion-MNIST."""
+    settings = {
+        "SQAKD on photographs": "{}",
+        "SQAKD on photographs, BatchNorm frozen": '{"freeze_batch_norm": true}',
+    }
     return {
-        (f"W{bits}A{bits}", "SQAKD on photographs"): [
-            Row("lsq", bits, SQAKD, seed, source="photographs") for seed in SEEDS
+        (f"W{bits}A{bits}", title): [
+            Row("lsq", bits, SQAKD, seed, source="photographs", training=training) for seed in SEEDS
         ]
-        for bits in sorted(BITS, reverse=True)
+        for bits, (title, training) in itertools.product(sorted(BITS, reverse=True), settings.items())
     }
 
 

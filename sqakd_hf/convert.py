@@ -228,9 +228,9 @@ def calibrate_model(
     if isinstance(batches, torch.Tensor):
         raise InputError(f"batches must be an iterable of image batches, got one tensor {tuple(batches.shape)}.")
     batches = list(batches) if isinstance(batches, Iterator) else batches
-    batch_norms = _batch_norms(model)
-    by_batch = batch_norms if any(quantizer.bits <= FEW_BITS for quantizer in quantizers(model)) else []
-    needs_two = bool(by_batch or (reestimate_batch_norm and batch_norms))
+    norms = batch_norms(model)
+    by_batch = norms if any(quantizer.bits <= FEW_BITS for quantizer in quantizers(model)) else []
+    needs_two = bool(by_batch or (reestimate_batch_norm and norms))
     try:
         with evaluating(model):
             for name, layer in tqdm(layers.items(), "Weights", unit="layer", disable=disable_progress, leave=False):
@@ -242,7 +242,7 @@ def calibrate_model(
                 with _batch_statistics(by_batch, keep_running=True):
                     constant = _set_activation_ranges(model, layers, lambda: _feed(model, batches, bar, needs_two))
                 if reestimate_batch_norm:
-                    with _batch_statistics(batch_norms, keep_running=False):
+                    with _batch_statistics(norms, keep_running=False):
                         _feed(model, batches, bar, needs_two)
     except BaseException:
         for module in quantizers(model):
@@ -269,23 +269,19 @@ def reestimate_batch_norm(
         batches (`Iterable`): As for [`calibrate_model`].
         disable_progress (`bool`, *optional*, defaults to `False`): Show no progress bar.
     """
-    batch_norms = _batch_norms(model)
+    norms = batch_norms(model)
     with evaluating(model), tqdm(desc="BatchNorm", unit="batch", disable=disable_progress, leave=False) as bar:
-        with _batch_statistics(batch_norms, keep_running=False):
-            _feed(model, batches, bar, needs_two=bool(batch_norms))
+        with _batch_statistics(norms, keep_running=False):
+            _feed(model, batches, bar, needs_two=bool(norms))
 
 
 def batch_statistics(model: nn.Module) -> contextlib.AbstractContextManager:
     """Context in which BatchNorm of a model in eval mode normalises by the batch; its running statistics stay."""
-    return _batch_statistics(_batch_norms(model), keep_running=True)
+    return _batch_statistics(batch_norms(model), keep_running=True)
 
 
-def has_batch_norm(model: nn.Module) -> bool:
-    """Tell whether `model` has a BatchNorm layer."""
-    return bool(_batch_norms(model))
-
-
-def _batch_norms(model: nn.Module) -> list[nn.Module]:
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """Return the BatchNorm layers of `model`."""
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 

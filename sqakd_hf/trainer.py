@@ -30,8 +30,8 @@ from .card import model_card
 from .checkpoint import STATE_FILE, is_complete, last_checkpoint
 from .collator import ImageCollator
 from .convert import (
+    batch_norms,
     calibrate_model,
-    has_batch_norm,
     is_calibrated,
     quantized_layers,
     quantizers,
@@ -90,6 +90,7 @@ CARD_ARGUMENTS = (
     "bf16",
     "fp16",
     "reestimate_batch_norm",
+    "freeze_batch_norm",
     "oscillation_dampening",
     "oscillation_freezing",
     "progressive_bits",
@@ -289,8 +290,9 @@ class SQAKDTrainer(Trainer):
             raise InputError(
                 f"The objective {self.args.objective!r} compares features: pass one teacher, not several."
             )
-        if self.args.reestimate_batch_norm and not has_batch_norm(self.model):
-            raise InputError("reestimate_batch_norm: the student has no BatchNorm.")
+        for option in ("reestimate_batch_norm", "freeze_batch_norm"):
+            if getattr(self.args, option) and not batch_norms(self.model):
+                raise InputError(f"{option}: the student has no BatchNorm.")
 
     @contextlib.contextmanager
     def _images_as_trained(self) -> Iterator[None]:
@@ -414,6 +416,9 @@ class SQAKDTrainer(Trainer):
         saving = self.args.activation_memory == "low"
         if model.training and self.args.cache_teacher_logits is not None and LOGITS not in inputs:
             raise InputError(f"The data_collator dropped {LOGITS!r}, which cache_teacher_logits adds to each image.")
+        if model.training and self.args.freeze_batch_norm:
+            for module in batch_norms(self.model):
+                module.eval()
         with contextlib.ExitStack() as stack:
             features = self._features(inputs)
             for context in () if features is None else features.listening():

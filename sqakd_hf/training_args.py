@@ -52,6 +52,8 @@ class SQAKDTrainingArguments(TrainingArguments):
             quantizer was given.
         reestimate_batch_norm (`int`, *optional*, defaults to 0): At the end of the training, replace BatchNorm's
             running statistics by those of so many training images, the first of the set.
+        freeze_batch_norm (`bool`, *optional*, defaults to `False`): Normalise by the teacher's running statistics and
+            keep them: for training images of another kind than those that the student is for.
         oscillation_dampening (`float`, *optional*, defaults to 0.0): Weight, grown from 0 to this over the training,
             of [`~sqakd_hf.oscillation.dampening_loss`], which holds weights near the value they are rounded to.
         oscillation_freezing (`float`, *optional*, defaults to 0.0): Freeze weights whose code flips back in more than
@@ -110,6 +112,9 @@ class SQAKDTrainingArguments(TrainingArguments):
     reestimate_batch_norm: int = field(
         default=0, metadata={"help": "Training images for new BatchNorm statistics at the end of the training."}
     )
+    freeze_batch_norm: bool = field(
+        default=False, metadata={"help": "Keep BatchNorm's statistics, for training images of another kind."}
+    )
     oscillation_dampening: float = field(
         default=0.0, metadata={"help": "Final weight of the term that holds weights near their quantized value."}
     )
@@ -139,6 +144,8 @@ class SQAKDTrainingArguments(TrainingArguments):
                 raise InputError(f"{name} must be a number of {unit}, got {value!r}.")
         if self.reestimate_batch_norm == 1:
             raise InputError("reestimate_batch_norm is a number of images, and 1 has no variance. Use a few hundred.")
+        if self.reestimate_batch_norm and self.freeze_batch_norm:
+            raise InputError("freeze_batch_norm keeps the statistics that reestimate_batch_norm replaces: choose one.")
         if not 0 <= self.oscillation_dampening < math.inf:
             raise InputError(
                 f"oscillation_dampening must be a non-negative number, got {self.oscillation_dampening!r}."

@@ -174,6 +174,27 @@ class TestTraining:
         assert all(0 <= value <= 1 for value in agreements)
 
 
+class TestFrozenBatchNorm:
+    @pytest.mark.parametrize("freezes", [False, True])
+    def test_statistics_stay_those_of_the_teacher_and_the_rest_trains(self, tmp_path, freezes):
+        trainer = make_trainer(tmp_path, freeze_batch_norm=freezes)
+        norms = {n: m for n, m in trainer.model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+        before = {name: copy.deepcopy(module.state_dict()) for name, module in norms.items()}
+        trainer.train()
+        assert norms
+        for name, module in norms.items():
+            after = module.state_dict()
+            for buffer in ("running_mean", "running_var", "num_batches_tracked"):
+                assert torch.equal(after[buffer], before[name][buffer]) is freezes, buffer
+            assert not torch.equal(after["weight"], before[name]["weight"])
+
+    def test_is_refused_where_it_means_nothing(self, tmp_path):
+        with pytest.raises(InputError, match="freeze_batch_norm: the student has no BatchNorm"):
+            make_trainer(tmp_path, tiny_vit, freeze_batch_norm=True).train()
+        with pytest.raises(InputError, match="choose one"):
+            arguments(tmp_path, freeze_batch_norm=True, reestimate_batch_norm=24)
+
+
 class TestOptimizer:
     def test_ranges_have_their_own_rate_and_nothing_but_matrices_decays(self, tmp_path):
         trainer = make_trainer(tmp_path, weight_decay=0.1, learning_rate=1e-2)
