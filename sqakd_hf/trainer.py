@@ -733,16 +733,16 @@ class SQAKDTrainer(Trainer):
             folder = self.args.output_dir
             name = self.hub_model_id or model_name or os.path.basename(os.path.abspath(folder))
             os.makedirs(folder, exist_ok=True)
-            record = TrainingRecord(self.results, self.state.log_history, self.layer_sqnr)
-            record.save(folder)
-            curve = "learning_curve.png" if any("loss" in log for log in self.state.log_history) else None
+            TrainingRecord(self.results, self.state.log_history, self.layer_sqnr).save(folder)
+            record = TrainingRecord.load(folder)  # numbers alone
+            curve = "learning_curve.png" if any("loss" in log for log in record.log_history) else None
             report = None if _is_sharded(self.model) else "report.html"
             if report is not None:
                 page = html_report(self.model, name, record)
                 with open(os.path.join(folder, report), "w", encoding="utf-8") as file:
                     file.write(page)
             if curve is not None:
-                plot_learning_curve(self.state.log_history, os.path.join(folder, curve), name)
+                plot_learning_curve(record.log_history, os.path.join(folder, curve), name)
             card = model_card(
                 self.model,
                 name,

@@ -227,15 +227,14 @@ class Bounded(nn.Module):
 class TestPlacement:
     @pytest.mark.parametrize("bits", [2, 4, 7])
     def test_signed_activations_are_bounded_once_in_front(self, bits, tmp_path):
-        widths = {"weight_bits": bits, "activation_bits": bits, "first_last_bits": 8}
-        student = student_of(Bounded(), **widths)
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 6, 3), nn.ReLU6(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.Flatten()]
+        student = student_of(nn.Sequential(*layers, nn.LazyLinear(4)), weight_bits=bits, activation_bits=bits)
         report = export_onnx(student, tmp_path / "a.onnx", signed_activations=True, images=noise())
         assert sum(report.check.differing.values()) <= 3 and report.check.agreement == 1
-        assert "Relu" not in operators(tmp_path / "a.onnx")
-        images = noise(64, seed=5)
-        with torch.no_grad():
-            expected = student(images)
-        assert (run(tmp_path / "a.onnx", images).argmax(1) == expected.argmax(1)).float().mean() > 0.95
+        # One for each of the two inner convolutions; images and the head have 8 bits around 0.
+        found = operators(tmp_path / "a.onnx")
+        assert found.count("Clip") == 2 and not {"Relu", "Min", "Max"} & set(found)
 
     @pytest.mark.parametrize("bits", [2, 4, 8])
     def test_quantizers_follow_what_computes_their_input(self, bits, tmp_path):
