@@ -1,6 +1,5 @@
 import copy
 import json
-import os
 import random
 import signal
 
@@ -313,11 +312,18 @@ class TestResuming:
 
 
 class TestInterrupt:
+    @pytest.fixture(autouse=True)
+    def _interrupts_nobody_else(self):
+        """A signal that came late would end the process that runs the tests."""
+        before = signal.signal(signal.SIGINT, lambda signum, frame: None)
+        yield
+        signal.signal(signal.SIGINT, before)
+
     def test_ctrl_c_leaves_a_checkpoint_that_resumes_exactly(self, tmp_path):
         class CtrlC(TrainerCallback):
             def on_step_begin(self, args, state, control, **kwargs):
                 if state.global_step == 2:
-                    os.kill(os.getpid(), signal.SIGINT)
+                    signal.raise_signal(signal.SIGINT)
 
         interrupt = InterruptCallback()
         first = make_trainer(tmp_path / "cut", callbacks=[interrupt, CtrlC()])
