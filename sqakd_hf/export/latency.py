@@ -185,6 +185,14 @@ def _openvino_is_there() -> bool:
     return importlib.util.find_spec("openvino") is not None
 
 
+@functools.cache
+def openvino_core() -> Any:
+    """Return the process's one core: after OpenVINO unloads its plugins with the last one, a signal crashes Python."""
+    import openvino
+
+    return openvino.Core()
+
+
 @contextlib.contextmanager
 def _torch_threads(threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -218,9 +226,7 @@ def engine_runs(path: Path, images: torch.Tensor, threads: int, in_float32: bool
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     runs: dict[str, Run] = {"ONNX Runtime": lambda: session.run(None, {INPUT: pixels})}
     if _openvino_is_there():
-        import openvino
-
-        core = openvino.Core()
+        core = openvino_core()
         hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         if in_float32:
             hints["INFERENCE_PRECISION_HINT"] = "f32"

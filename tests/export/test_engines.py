@@ -4,7 +4,6 @@ from collections import Counter
 
 import onnx
 import onnxruntime
-import openvino
 import pytest
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from sqakd_hf import (
     is_calibrated,
     quantize_model,
 )
+from sqakd_hf.export.latency import openvino_core
 from tests.conftest import TinyConvNet, tiny_vit
 from tests.export.test_export import noise, student_of
 
@@ -69,7 +69,7 @@ def test_onnx_runtime_has_the_kernels_that_the_report_says(exported, tmp_path):
 
 def test_openvino_has_the_kernels_that_the_report_says(exported):
     name, report, path = exported
-    core = openvino.Core()
+    core = openvino_core()
     compiled = core.compile_model(core.read_model(path), "CPU")
     types = Counter()
     for node in compiled.get_runtime_model().get_ops():

@@ -1,4 +1,6 @@
 import copy
+import subprocess
+import sys
 
 import numpy as np
 import onnxruntime
@@ -46,6 +48,19 @@ class TestMeasureLatency:
         assert not is_calibrated(student) and torch.get_num_threads() == threads
         # Ranges that were not set are NaN.
         torch.testing.assert_close(student.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+
+    def test_a_signal_afterwards_is_the_programs_own(self):
+        code = (
+            "import signal\n"
+            "from sqakd_hf import QuantizationConfig, build_model, measure_latency, quantize_model\n"
+            "student = build_model('timm/test_resnet', 7, image_size=32)\n"
+            "quantize_model(student, QuantizationConfig())\n"
+            "measure_latency(student, rounds=2)\n"
+            "signal.signal(signal.SIGINT, lambda *_: print('caught'))\n"
+            "signal.raise_signal(signal.SIGINT)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.endswith("caught\n")
 
     def test_a_model_that_is_not_of_transformers(self):
         torch.manual_seed(0)
