@@ -87,16 +87,15 @@ def model_card(
     snippet = _LOAD.format(auto_class=auto_class, repo_id=repo_id, extra=extra)
     if extra:
         snippet += f'classifier = pipeline("image-classification", "{repo_id}")\n'
+    images = dataset_name or ", ".join(datasets) or None
     sections = [
         f"---\n{data.to_yaml()}\n---\n\n# {name}",
         f"{origin} with {bits} weights and activations (bits of most of its weights), trained {_method(objective)}",
         f"## Load it\n\n```bash\npip install sqakd_hf\n```\n\n```python\n{snippet}```",
-        "## Results\n\n"
-        + _results(results, dataset_name or ", ".join(datasets) or None)
-        + _files(learning_curve, report),
+        "## Results\n\n" + _results(results, images) + _files(learning_curve, report),
         "## Size\n\n" + _size(model, stored_bytes),
         "## Bits\n\n" + _bits(plan),
-        "## Training\n\n" + _training(training_arguments, objective, dataset_name or ", ".join(datasets) or None),
+        "## Training\n\n" + _training(training_arguments, objective, images),
     ]
     return ModelCard("\n\n".join(sections) + "\n", ignore_metadata_errors=False)
 

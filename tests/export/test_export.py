@@ -78,6 +78,16 @@ class EveryQuantizer(nn.Module):
         return self.last(x.mean((2, 3)))
 
 
+def student_of_every_quantizer(bits):
+    overrides = {
+        f"{kind}.{name.replace('+', '_plus')}": {"quantizer": name}
+        for name in list_quantizers()
+        for kind in ("convs", "linears")
+    }
+    widths = {"weight_bits": bits, "activation_bits": bits, "first_last_bits": bits}
+    return student_of(EveryQuantizer(), overrides=overrides, **widths)
+
+
 def initialisers(path):
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
 
@@ -104,13 +114,7 @@ def run(path, images, level="ORT_ENABLE_ALL"):
 class TestEveryQuantizer:
     @pytest.mark.parametrize("bits", range(1, 9))
     def test_computes_with_the_codes_of_the_student(self, bits, tmp_path):
-        overrides = {
-            f"{kind}.{name.replace('+', '_plus')}": {"quantizer": name}
-            for name in list_quantizers()
-            for kind in ("convs", "linears")
-        }
-        widths = {"weight_bits": bits, "activation_bits": bits, "first_last_bits": bits}
-        student = student_of(EveryQuantizer(), overrides=overrides, **widths)
+        student = student_of_every_quantizer(bits)
         for container in ("int8", "packed"):
             path = tmp_path / f"{container}.onnx"
             report = export_onnx(student, path, container, images=noise())
@@ -131,13 +135,7 @@ class TestEveryQuantizer:
 
     @pytest.mark.parametrize("bits", range(1, 9))
     def test_so_do_signed_activations(self, bits, tmp_path):
-        overrides = {
-            f"{kind}.{name.replace('+', '_plus')}": {"quantizer": name}
-            for name in list_quantizers()
-            for kind in ("convs", "linears")
-        }
-        widths = {"weight_bits": bits, "activation_bits": bits, "first_last_bits": bits}
-        student = student_of(EveryQuantizer(), overrides=overrides, **widths)
+        student = student_of_every_quantizer(bits)
         report = export_onnx(student, tmp_path / "a.onnx", signed_activations=True, images=noise())
         check = report.check
         assert check.wrong_weights == [] and check.max_code_difference <= 1
