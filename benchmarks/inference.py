@@ -65,17 +65,19 @@ def measure(name: str, batch: int, options: argparse.Namespace) -> None:
         path = Path(folder) / "float.onnx"
         export_float(model, images, path)
         variants |= engines_of(path, images, "float32", options.threads)
-        kinds = [(bits, residual) for bits in WIDTHS for residual in (None, 8)[: 1 + (name not in WITHOUT_RESIDUALS)]]
-        for bits, residual_bits in kinds:
+        residuals = (None, 8)[: 1 + (name not in WITHOUT_RESIDUALS)]
+        kinds = [(bits, residual, "int8") for bits in WIDTHS for residual in residuals]
+        for bits, residual_bits, container in [*kinds, (WIDTHS[-1], residuals[-1], "packed")]:
             student = student_of(model, size, bits, residual_bits)
-            if (bits, residual_bits) == (WIDTHS[-1], None):
+            if (bits, residual_bits, container) == (WIDTHS[-1], None, "int8"):
                 plain = copy.deepcopy(student)
                 dequantize_model(plain)
                 variants[f"PyTorch, student W{bits}A{bits}"] = functools.partial(student, images)
                 variants[f"PyTorch, dequantized W{bits}"] = functools.partial(plain, images)
-            path = Path(folder) / f"{bits}-{residual_bits}.onnx"
-            export_onnx(student, path, image_size=size, verify=False)
+            path = Path(folder) / f"{bits}-{residual_bits}-{container}.onnx"
+            export_onnx(student, path, container, image_size=size, verify=False)
             what = f"W{bits}A{bits}" + f", residuals at {residual_bits} bits" * (residual_bits is not None)
+            what += ", packed" * (container == "packed")
             variants |= engines_of(path, images, what, options.threads)
         with torch.inference_mode():
             seconds = interleaved(

@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("student", help="folder or Hub id of a saved student")
     parser.add_argument("path", help="the file to write")
-    parser.add_argument("--container", default="int8", help="int8, for speed (default), or packed, for bytes")
+    parser.add_argument("--container", default="int8", help="int8 (default), or packed: weights of 2 and 4 bits")
     parser.add_argument("--signed_activations", action="store_true", help="int8 activations, as TensorRT wants them")
     parser.add_argument("--image_size", type=int, help="side in pixels; default: the student's own")
     parser.add_argument("--dynamic_image_size", action="store_true", help="take images of any size")

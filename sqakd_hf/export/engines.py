@@ -8,12 +8,13 @@ from typing import Any
 import onnx_ir as ir
 
 from ..plan import Coverage
-from .lowering import MOVES, Placement
+from .graph import MOVES
+from .placement import Placement
 
 
 ENGINES = ("onnxruntime", "openvino", "tensorrt")
 PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
-STORAGE = "packed integers are dequantized when the file is loaded"
+NARROW = "it takes no integers of {} bits as they are stored (container='int8')"
 # TensorRT quantizes symmetrically.
 UNSIGNED = "it wants int8 activations with a zero point of 0, and these are uint8 (signed_activations=True)"
 
@@ -81,38 +82,49 @@ class DeployReport:
         return "\n".join(lines)
 
 
-def kernels(graph: ir.Graph, placements: Sequence[Placement], container: str) -> tuple[Kernel, ...]:
+def kernels(graph: ir.Graph, placements: Sequence[Placement]) -> tuple[Kernel, ...]:
     """Return a line for each weight of a lowered graph."""
     found = []
     for placement in placements:
         if placement.kind != "weight":
             continue
-        (dequantized,) = graph.initializers[placement.tensor].uses()
-        each = [_kernel(placement, node, container) for node in _appliers(dequantized.node.outputs[0])]
+        each = [_kernel(placement, node) for node in _appliers(_values(graph, placement))]
         # Where a layer is called several times, what is not so everywhere is not so.
         found.append(next((kernel for kernel in each if kernel.onnxruntime or kernel.openvino), each[0]))
     return tuple(found)
 
 
+def _values(graph: ir.Graph, weight: Placement) -> ir.Value:
+    """Return the values that the graph computes of a weight's integers."""
+    value = graph.initializers[weight.tensor]
+    while not value.name.startswith(f"{weight.name}.weight_value"):
+        (use,) = value.uses()
+        (value,) = use.node.outputs
+    return value
+
+
 def _appliers(weight: ir.Value) -> Iterator[ir.Node]:
-    """Yield the nodes that apply a weight: past its shift, if it has one, and past what takes parts of it."""
+    """Yield the nodes that apply a weight: past what takes parts of it."""
     for use in weight.uses():
-        if use.node.op_type in {"Sub", "Slice", "Split", *MOVES}:
+        if use.node.op_type in {"Slice", "Split", *MOVES}:
             for output in use.node.outputs:
                 yield from _appliers(output)
         else:
             yield use.node
 
 
-def _kernel(placement: Placement, node: ir.Node, container: str) -> Kernel:
-    reason = STORAGE if container == "packed" else placement.reason and f"its weight has {placement.reason}"
+def _kernel(placement: Placement, node: ir.Node) -> Kernel:
+    reason = placement.reason and f"its weight has {placement.reason}"
     if reason is None and node.op_type not in PRODUCTS:
         reason = f"{node.op_type} multiplies nothing"
     reason = reason or _why_no_codes(node.inputs[0])
     if reason is not None:
         return Kernel(placement.name, node.op_type, reason, reason, reason)
     signed = _quantizer_of(node.inputs[0]).inputs[0].dtype == ir.DataType.INT8
-    return Kernel(placement.name, node.op_type, _why_not_onnxruntime(node), None, None if signed else UNSIGNED)
+    # OpenVINO and ONNX Runtime make bytes of narrower integers when they open a file, OpenVINO of 4 bits only.
+    openvino = NARROW.format(2) if placement.storage == "uint2" else None
+    tensorrt = NARROW.format(placement.storage[-1]) if placement.storage != "int8" else None if signed else UNSIGNED
+    return Kernel(placement.name, node.op_type, _why_not_onnxruntime(node), openvino, tensorrt)
 
 
 def _quantizer_of(value: ir.Value) -> ir.Node | None:

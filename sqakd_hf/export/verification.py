@@ -18,7 +18,7 @@ from ..convert import quantized_layers
 from ..errors import ExportMismatchError, InputError
 from ..outputs import Prediction, predict
 from ..quantizers import FakeQuantizer
-from .lowering import Placement
+from .placement import Placement
 
 
 # What a student's file may differ by from the student: float operations in another order move a value that lies on

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import onnx
@@ -176,6 +177,23 @@ class TestRanges:
         assert "integer_zero_point=False" in str(report) and "zero point of its own for each channel" in str(report)
         assert sum(report.check.differing.values()) <= 3
 
+    @pytest.mark.parametrize("container", ["int8", "packed"])
+    @pytest.mark.parametrize("bits", [2, 4, 8])
+    def test_that_hold_no_zero_cost_nothing_when_it_runs(self, bits, container, tmp_path):
+        student = student_of(
+            TinyConvNet(), quantizer="ewgs", weight_bits=bits, first_last_bits=bits, integer_zero_point=False
+        )
+        with torch.no_grad():
+            for layer in quantized_layers(student).values():
+                layer.weight_quantizer.upper *= 1 + torch.rand(layer.weight_quantizer.upper.shape)
+        report = export_onnx(student, tmp_path / "a.onnx", container, images=noise())
+        assert sum(placement.kind == "weight" for placement in report.in_float) == len(quantized_layers(student))
+        graph = optimised(tmp_path / "a.onnx")
+        computed = {output for node in graph.node for output in node.output}
+        products = [node for node in graph.node if node.op_type in ("Conv", "FusedConv", "Gemm")]
+        assert len(products) == len(quantized_layers(student))
+        assert not any(node.input[1] in computed for node in products)
+
     def test_of_a_whole_weight(self, tmp_path):
         student = student_of(TinyConvNet(), per_channel=False, weight_bits=4)
         assert export_onnx(student, tmp_path / "a.onnx", images=noise()).check.wrong_weights == []
@@ -251,7 +269,8 @@ class TestPlacement:
         # Two convolutions in front of the concatenation; the mean in front of the head.
         assert sorted(before) == ["Conv", "Conv", "ReduceMean"]
         pool = next(node for node in graph.node if node.op_type == "MaxPool")
-        types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+        values = onnx.shape_inference.infer_shapes(onnx.load(path)).graph.value_info
+        types = {value.name: value.type.tensor_type.elem_type for value in values}
         assert types[pool.output[0]] == onnx.TensorProto.UINT8
 
     def test_a_value_that_others_use_keeps_its_bounds(self, tmp_path):
@@ -296,6 +315,15 @@ def test_layers_that_are_called_several_times(tmp_path):
     assert sum(report.check.differing.values()) <= 3 and report.check.agreement == 1
     calls = [placement.call for placement in report.placements if placement.name == "twice.input_quantizer"]
     assert sorted(calls) == [0, 1, 2]
+
+
+def optimised(path):
+    """The graph that ONNX Runtime runs."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = f"{path}.optimised"
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return onnx.load(options.optimized_model_filepath).graph
 
 
 class TestBatchNorm:
@@ -355,6 +383,17 @@ class TestFile:
             packed = (weights - wide) * bits / 8 + wide
             assert packed < reports["packed"].file_bytes < packed + others + 30_000
             assert reports["packed"].opset == (25 if bits == 2 else 21)
+
+    @pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_ALL"])
+    def test_packed_computes_what_int8_does_by_the_same_kernels(self, exported, level):
+        for _, reports in exported.values():
+            int8, packed = (run(reports[container].path, noise(size=32), level) for container in ("int8", "packed"))
+            assert torch.equal(int8, packed)
+            int8, packed = (
+                Counter(node.op_type for node in optimised(reports[container].path).node)
+                for container in ("int8", "packed")
+            )
+            assert int8 == packed and int8["QLinearConv"] > 0
 
     def test_tells_what_it_is(self, exported):
         facts = {entry.key: entry.value for entry in onnx.load(exported[2][1]["int8"].path).metadata_props}
