@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 
 import onnxruntime
 import torch
-from efficientnet_lite0 import crops, photographs, pretrained
+from efficientnet_lite0 import agree, crops, photographs, pretrained
 from measure import machine
 from torch import nn
 from tqdm import tqdm
@@ -130,26 +130,6 @@ def compare(student: nn.Module, images: torch.Tensor, agreement_images: int) -> 
             f"{packed.file_bytes / stored:.3f}",
             agreement,
         ]
-
-
-def agree(student: nn.Module, path: Path, images: torch.Tensor) -> list[float]:
-    """Return for which share of the images the student names the class of the file, as it is, and of itself."""
-    sessions = []
-    for level in (
-        onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
-        onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
-    ):
-        settings = onnxruntime.SessionOptions()
-        settings.graph_optimization_level = level
-        sessions.append(onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"]))
-    same: list[list[torch.Tensor]] = [[], [], []]
-    for batch in images.split(20):
-        expected = student(batch).logits
-        found = [torch.from_numpy(session.run(["logits"], {"pixel_values": batch.numpy()})[0]) for session in sessions]
-        found.append(student(batch.contiguous(memory_format=torch.channels_last)).logits)
-        for shares, logits in zip(same, found, strict=True):
-            shares.append(logits.argmax(1) == expected.argmax(1))
-    return [torch.cat(shares).float().mean().item() for shares in same]
 
 
 if __name__ == "__main__":
