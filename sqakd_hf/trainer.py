@@ -621,7 +621,23 @@ class SQAKDTrainer(Trainer):
                 "kl": means["loss"],
                 "images": images,
             }
+            if self._measured_as == "student" and not self.is_in_train and self.is_world_process_zero():
+                self._warn_of_harm()
         return output
+
+    def _warn_of_harm(self) -> None:
+        """Say it if the trained student is further from its teacher than it was before its first step."""
+        after, before = self.results["student"], self.results.get("calibrated")
+        if before is None or before["images"] != after["images"]:
+            return
+        if after["agreement"] < before["agreement"] and after["kl"] > before["kl"]:
+            logger.warning(
+                "Training did harm: the student agrees with its teacher on %.1f %% of these images, before its first "
+                "step on %.1f %%. Where the training images are few or of another kind, keep the teacher's BatchNorm "
+                "statistics (freeze_batch_norm=True); a lower learning_rate may help as well.",
+                100 * after["agreement"],
+                100 * before["agreement"],
+            )
 
     @torch.no_grad()
     def prediction_step(

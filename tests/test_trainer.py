@@ -254,6 +254,25 @@ class TestEvaluation:
         # Prepared (autocast) in both, which the teacher's own preparation must not prevent.
         assert trainer.evaluate()["eval_loss"] == before
 
+    @pytest.mark.parametrize("learning_rate", [1e-3, 10.0])
+    def test_a_training_that_did_harm_says_so(self, tmp_path, learning_rate, caplog):
+        data = Images(64)
+        student, teacher = models()
+        with torch.no_grad():  # no class is everywhere the likeliest
+            logits = teacher.eval()(torch.stack([image["pixel_values"] for image in data]))
+            for model in (student, teacher):
+                model.head.bias.sub_(logits.mean(0))
+        args = arguments(tmp_path, learning_rate=learning_rate, num_train_epochs=8)
+        trainer = SQAKDTrainer(student, teacher, args, data, data)
+        trainer.calibrate()
+        before = trainer.evaluate()
+        trainer.train()
+        after = trainer.evaluate()
+        did_harm = after["eval_agreement"] < before["eval_agreement"]
+        assert did_harm is (learning_rate > 1)
+        assert ("Training did harm" in caplog.text) is did_harm
+        assert ("freeze_batch_norm=True" in caplog.text) is did_harm
+
     def test_predict_returns_the_students_logits(self, tmp_path):
         trainer = make_trainer(tmp_path, labelled=True)
         trainer.calibrate()
