@@ -9,8 +9,7 @@ photograph crops; students are calibrated, not trained, and their ranges are the
 optimisations off, and by how much at most; `logits` the largest relative difference on equal codes, and of the file by
 itself. Bytes: the `int8` file by one byte for each weight, the `packed` one by the saved student's weights.
 `agreement` is the share of other photograph crops for which file, optimised, and student name the same class of 1,000;
-in brackets that of the file without optimisations, and of the student with itself in channels-last memory format,
-which adds in another order.
+in brackets that of the file without optimisations, and of the student with itself in float64.
 """
 
 import argparse
