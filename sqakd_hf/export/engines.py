@@ -14,7 +14,8 @@ from .placement import Placement
 
 ENGINES = ("onnxruntime", "openvino", "tensorrt")
 PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
-NARROW = "it takes no integers of {} bits as they are stored (container='int8')"
+NARROW = "it opens no file with {}-bit integers (container='int8')"
+BITS = {"uint2": 2, "uint4": 4}
 # TensorRT quantizes symmetrically.
 UNSIGNED = "it wants int8 activations with a zero point of 0, and these are uint8 (signed_activations=True)"
 
@@ -84,13 +85,23 @@ class DeployReport:
 
 def kernels(graph: ir.Graph, placements: Sequence[Placement]) -> tuple[Kernel, ...]:
     """Return a line for each weight of a lowered graph."""
+    narrowest = min((BITS.get(placement.storage, 8) for placement in placements), default=8)
+    # ONNX Runtime makes bytes of narrower integers when it opens a file, OpenVINO of those of 4 bits.
+    closed = {
+        "openvino": NARROW.format(narrowest) if narrowest < 4 else None,
+        "tensorrt": NARROW.format(narrowest) if narrowest < 8 else None,
+    }
     found = []
     for placement in placements:
         if placement.kind != "weight":
             continue
         each = [_kernel(placement, node) for node in _appliers(_values(graph, placement))]
         # Where a layer is called several times, what is not so everywhere is not so.
-        found.append(next((kernel for kernel in each if kernel.onnxruntime or kernel.openvino), each[0]))
+        reasons = {
+            engine: next(filter(None, (closed.get(engine), *(getattr(kernel, engine) for kernel in each))), None)
+            for engine in ENGINES
+        }
+        found.append(Kernel(placement.name, each[0].operator, **reasons))
     return tuple(found)
 
 
@@ -121,10 +132,7 @@ def _kernel(placement: Placement, node: ir.Node) -> Kernel:
     if reason is not None:
         return Kernel(placement.name, node.op_type, reason, reason, reason)
     signed = _quantizer_of(node.inputs[0]).inputs[0].dtype == ir.DataType.INT8
-    # OpenVINO and ONNX Runtime make bytes of narrower integers when they open a file, OpenVINO of 4 bits only.
-    openvino = NARROW.format(2) if placement.storage == "uint2" else None
-    tensorrt = NARROW.format(placement.storage[-1]) if placement.storage != "int8" else None if signed else UNSIGNED
-    return Kernel(placement.name, node.op_type, _why_not_onnxruntime(node), openvino, tensorrt)
+    return Kernel(placement.name, node.op_type, _why_not_onnxruntime(node), None, None if signed else UNSIGNED)
 
 
 def _quantizer_of(value: ir.Value) -> ir.Node | None:

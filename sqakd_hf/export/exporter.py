@@ -100,8 +100,8 @@ def export_onnx(
             the checks pass.
         container (`str`, *optional*, defaults to `"int8"`): `"int8"` holds codes of every width in 8-bit integers, for
             any engine. `"packed"` holds weights of up to 4 bits in 4-bit integers, and of up to 2 bits in 2-bit ones,
-            of which an engine makes the same 8-bit integers when it opens the file: as fast, and as small as the saved
-            student. OpenVINO takes no 2-bit integers, TensorRT neither.
+            of which ONNX Runtime and OpenVINO make the same 8-bit integers when they open the file: as fast. OpenVINO
+            opens no file with 2-bit integers, TensorRT none with either.
         signed_activations (`bool`, *optional*, defaults to `False`): Activations as int8 with a zero point of 0, as
             TensorRT wants them, instead of uint8, which are faster on processors. Of 8 bits only ranges that reach as
             far below 0 as above it fit; others are computed by float operations.

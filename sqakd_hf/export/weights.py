@@ -34,21 +34,27 @@ class Weight:
         self.channel_axis = permutation.index(self.channel_axis)
         self.graph.replace(user, self.node.outputs[0])
 
-    def lower(self, container: str) -> Placement:
-        """Write the integers and what computes values of them; fold a BatchNorm into range and bias."""
+    def lower(self, container: str, casts: bool = True) -> Placement:
+        """Write the integers and what computes values of them; fold a BatchNorm into range and bias.
+
+        Args:
+            container (`str`): See [`~sqakd_hf.export.lowering.lower`].
+            casts (`bool`, *optional*, defaults to `True`): Whether Cast may take 8-bit integers. Where it may not,
+                DequantizeLinear does, which ONNX Runtime would run for each batch, in case an integer kernel wants it.
+        """
         halves = np.round(2 * self.zero_point.astype(np.float64))
         # Mirrored ranges have a zero point in their middle, up to the rounding of float32.
         rounding = 4 * self.levels * np.finfo(np.float32).eps
         if np.abs(2 * self.zero_point - halves).max() > rounding or len(set(halves)) > 1:
-            return self._lower_in_float(container, "a zero point of its own for each channel")
+            return self._lower_in_float(container, "a zero point of its own for each channel", casts)
         for factor in (1, 2):  # doubled codes need one bit more
             offset = -factor * halves[0] / 2
             ends = offset, factor * (self.levels - 1) + offset
             if offset % 1 == 0 and INT8.min <= ends[0] and ends[1] <= INT8.max:
                 return self._lower_for_kernels(container, factor, int(offset))
-        return self._lower_in_float(container, "a zero point between two codes")
+        return self._lower_in_float(container, "a zero point between two codes", casts)
 
-    def _lower_in_float(self, container: str, reason: str) -> Placement:
+    def _lower_in_float(self, container: str, reason: str, casts: bool) -> Placement:
         """Write integers, and float operations that centre and scale them as the quantizer does."""
         offset = -(self.levels // 2) if container == "int8" else 0  # int8 is what every engine takes
         step, norm = self.scale, self._batch_norm()
@@ -57,7 +63,8 @@ class Weight:
             norm.fold()
             self.axis = 0
         stored = self._stored(self.codes + offset, container, signed=offset < 0)
-        value = self._computed(stored, self.zero_point.astype(np.float64) + offset, step, f"{self.name}.weight_value")
+        zero_point = self.zero_point.astype(np.float64) + offset
+        value = self._computed(stored, zero_point, step, f"{self.name}.weight_value", casts)
         return self._placement(stored, value, offset=offset, reason=reason)
 
     def _lower_for_kernels(self, container: str, factor: int, offset: int) -> Placement:
@@ -150,21 +157,27 @@ class Weight:
         scales = self.graph.constant(f"{self.name}.weight_scale", scale)
         return self._inserted("DequantizeLinear", [integers, scales], f"{self.name}.weight_value", **options)
 
-    def _computed(self, codes: ir.Value, zero_point: np.ndarray, scale: np.ndarray, name: str) -> ir.Value:
+    def _computed(
+        self, codes: ir.Value, zero_point: np.ndarray, scale: np.ndarray, name: str, casts: bool = True
+    ) -> ir.Value:
         """Insert float operations from codes to `(codes - zero_point) * scale`.
 
-        They have constants alone and engines run them once, when a file is opened. Of DequantizeLinear ONNX Runtime
-        takes no constants, for the sake of integer kernels: where none fits it runs for each batch.
+        They have constants alone, and engines run them once, when a file is opened. The zero point is added: OpenVINO
+        takes Sub and Mul for a dequantization, and rounds it to a whole number.
         """
         if (zero_point == zero_point[0]).all():
             zero_point = zero_point[:1]
-        zero_point, scale = (
+        centre, scale = (
             self.graph.constant(f"{name}_{what}", self._along(array.astype(np.float32)))
-            for what, array in (("zero_point", zero_point), ("scale", scale))
+            for what, array in (("centre", -zero_point), ("scale", scale))
         )
         # Short names for what nobody looks at: they are a percent of a small file.
-        value = self._inserted("Cast", [codes], "code", to=ir.DataType.FLOAT.value)
-        value = self._inserted("Sub", [value, zero_point], "centred")
+        if casts:
+            value = self._inserted("Cast", [codes], "code", to=ir.DataType.FLOAT.value)
+        else:
+            one = self.graph.constant("one", np.float32(1))
+            value = self._inserted("DequantizeLinear", [codes, one], "code")
+        value = self._inserted("Add", [value, centre], "centred")
         return self._inserted("Mul", [value, scale], name)
 
     def _inserted(

@@ -14,6 +14,7 @@ from sqakd_hf import (
     export_onnx,
     is_calibrated,
     quantize_model,
+    quantized_layers,
 )
 from sqakd_hf.export.latency import openvino_core
 from tests.conftest import TinyConvNet, tiny_vit
@@ -99,12 +100,57 @@ def test_what_has_no_integers_has_a_reason():
 
 
 def test_integers_that_an_engine_can_not_read_have_a_reason():
-    packed = deploy_report(student_of(tiny_vit(), weight_bits=2, first_last_bits=4), "packed")
-    (_, *layers, head) = packed.kernels
-    assert {kernel.onnxruntime for kernel in [*layers, head]} == {None}
-    assert all("no integers of 2 bits" in kernel.openvino for kernel in layers) and head.openvino is None
-    assert all("no integers of 2 bits" in kernel.tensorrt for kernel in layers)
-    assert "no integers of 4 bits" in head.tensorrt
+    for bits, open_in_openvino in ((2, False), (4, True)):
+        packed = deploy_report(student_of(tiny_vit(), weight_bits=bits, first_last_bits=8), "packed")
+        _, *layers = packed.kernels  # the first is a convolution that puts out floats
+        assert {kernel.onnxruntime for kernel in layers} == {None}
+        # The file is not opened at all: no layer of it has a kernel, whatever its own bits.
+        reason = f"it opens no file with {bits}-bit integers (container='int8')"
+        assert {kernel.openvino for kernel in packed.kernels} == ({None} if open_in_openvino else {reason})
+        assert {kernel.tensorrt for kernel in packed.kernels} == {reason}
+
+
+class Twice(nn.Module):
+    """A convolution that is called before a quantizer, and before a sigmoid."""
+
+    num_classes = 4
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.twice, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.twice(self.stem(x)).relu()
+        return self.head(self.twice(x).sigmoid().mean((2, 3)))
+
+
+@pytest.mark.parametrize("container", ["int8", "packed"])
+def test_of_several_calls_the_worst_counts(container):
+    report = deploy_report(student_of(Twice(), weight_bits=2), container)
+    reasons = {kernel.layer: kernel.onnxruntime for kernel in report.kernels}
+    assert reasons["stem"] is None and "goes to Sigmoid in float" in reasons["twice"]
+
+
+@pytest.mark.parametrize("options", [{}, {"container": "packed"}, {"signed_activations": True}], ids=str)
+@pytest.mark.parametrize(("quantizer", "bits"), [("ewgs", 3), ("ewgs", 8), ("dorefa", 8), ("lsq", 4)])
+def test_openvino_computes_what_pytorch_does(quantizer, bits, options, tmp_path):
+    """With zero points that are no whole numbers as well, which OpenVINO rounds in dequantizations."""
+    widths = {"weight_bits": bits, "activation_bits": 4, "first_last_bits": bits}
+    student = student_of(TinyConvNet(), quantizer=quantizer, **widths)
+    if quantizer == "ewgs":
+        with torch.no_grad():  # as after training
+            for layer in quantized_layers(student).values():
+                layer.weight_quantizer.upper *= 1 + 0.1 * torch.rand(layer.weight_quantizer.upper.shape)
+    report = export_onnx(student, tmp_path / "a.onnx", images=noise(), **options)
+    assert any(placement.kind == "weight" for placement in report.in_float) is (quantizer != "lsq")
+    core = openvino_core()
+    compiled = core.compile_model(core.read_model(tmp_path / "a.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    with torch.no_grad():
+        expected = student(noise())
+    torch.testing.assert_close(
+        torch.from_numpy(compiled(noise().numpy())["logits"]), expected, rtol=1e-5, atol=1e-5 * expected.abs().max()
+    )
 
 
 def test_a_convolution_before_an_addition_is_told_what_would_help():

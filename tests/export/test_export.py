@@ -160,9 +160,12 @@ class TestEveryQuantizer:
             assert stored[node.input[2]].dtype == np.int8 and stored[node.input[2]] == 0
             assert users[node.output[0]] == ["DequantizeLinear"]
         for node in proto.graph.node:
-            if node.op_type == "DequantizeLinear":  # of weights too, also those that float operations shift
+            if node.op_type == "DequantizeLinear":
                 assert len(node.input) == 2 or stored[node.input[2]] == 0
-                assert node.input[0] not in stored or stored[node.input[0]].dtype == np.int8
+        # Of weights too, also those whose values float operations compute.
+        weights = [placement.tensor for placement in report.placements if placement.kind == "weight"]
+        assert {stored[name].dtype for name in weights} == {np.dtype(np.int8)}
+        assert {user for name in weights for user in users[name]} == {"DequantizeLinear"}
 
 
 class TestRanges:
