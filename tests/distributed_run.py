@@ -68,6 +68,7 @@ def main() -> None:
     left["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     left["state"] = student.state_dict()
     torch.save(left, f"{folder}/rank{RANK}.pt")
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

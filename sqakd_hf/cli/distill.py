@@ -206,6 +206,7 @@ def distil(script: ScriptArguments, quantization: QuantizationArguments, args: D
     if trainer.is_world_process_zero():
         report = " and report.html" * (output / "report.html").exists()
         print(f"\n{results_table(results, plan)}\n\nStudent, card, results.json{report} are in {output}.")
+    trainer.accelerator.end_training()  # of several processes: gloo's threads would abort one that ends without it
 
 
 def get_teacher(script: ScriptArguments, args: DistillationArguments, data: ImageData) -> tuple[PreTrainedModel, bool]:
