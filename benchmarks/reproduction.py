@@ -146,13 +146,26 @@ def other() -> Group:
     }
 
 
+DEPTHWISE = (("MobileNetV2 x0.5", "mobilenetv2_050"), ("ShuffleNetV2 x0.5", "shufflenet_v2_x0_5"))
+
+
+def tuning_models() -> Group:
+    """Accuracy on held-out images by learning rate, as in `tuning`: a network of depthwise convolutions."""
+    network, model = DEPTHWISE[0]
+    return {
+        (f"{network} W4A4", OBJECTIVES[objective], f"{rate:g}"): [
+            Row("lsq", 4, objective, 0, rate, model=model, teacher_epochs=20, on_held_out=True)
+        ]
+        for objective, rate in itertools.product((SQAKD, LABELS), RATES[:2])
+    }
+
+
 def models() -> Group:
     """Depthwise convolutions and a vision transformer (6 blocks of width 64). Learning rates were not tuned."""
     shared: dict[str, Any] = {"teacher_epochs": 20}
     vit = {**shared, "model_args": '{"patch_size": 4}', "learning_rate": 1e-3, "teacher_learning_rate": 1e-3}
     networks: tuple[tuple[str, str, tuple[int, int], dict[str, Any]], ...] = (
-        ("MobileNetV2 x0.5", "mobilenetv2_050", (8, 4), shared),
-        ("ShuffleNetV2 x0.5", "shufflenet_v2_x0_5", (8, 4), shared),
+        *((network, model, (8, 4), shared) for network, model in DEPTHWISE),
         ("ViT", "test_vit", (4, 2), vit),
     )
     objectives = {SQAKD: "SQAKD", LABELS: "labelled QAT"}
@@ -198,7 +211,7 @@ def resnet20() -> Group:
     }
 
 
-ALL = (tuning, grid, kd, choice, best, beyond, few, other, models, peers, resnet20)
+ALL = (tuning, grid, kd, choice, best, beyond, few, other, tuning_models, models, peers, resnet20)
 TABLES: dict[str, Callable[[], Group]] = {table.__name__: table for table in ALL}
 # Whose groups of lines begin with the one that the others are compared with.
 COMPARED = ("grid", "kd", "best", "beyond", "few", "models", "peers", "resnet20")
