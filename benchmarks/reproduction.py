@@ -150,14 +150,19 @@ DEPTHWISE = (("MobileNetV2 x0.5", "mobilenetv2_050"), ("ShuffleNetV2 x0.5", "shu
 
 
 def tuning_models() -> Group:
-    """Accuracy on held-out images by learning rate, as in `tuning`: a network of depthwise convolutions."""
+    """Accuracy on held-out images by setting, as in `tuning` and `choice`: a network of depthwise convolutions."""
     network, model = DEPTHWISE[0]
-    return {
-        (f"{network} W4A4", OBJECTIVES[objective], f"{rate:g}"): [
-            Row("lsq", 4, objective, 0, rate, model=model, teacher_epochs=20, on_held_out=True)
-        ]
-        for objective, rate in itertools.product((SQAKD, LABELS), RATES[:2])
+    settings: dict[str, dict[str, Any]] = {
+        **{
+            f"{OBJECTIVES[objective]}, learning rate {rate:g}": {"objective": objective, "learning_rate": rate}
+            for objective, rate in itertools.product((SQAKD, LABELS), RATES[:2])
+        },
+        "SQAKD, BatchNorm frozen": {"training": '{"freeze_batch_norm": true}'},
+        "SQAKD, no augmentation": {"augment": "none"},
+        "labelled QAT, no augmentation": {"objective": LABELS, "augment": "none"},
     }
+    row = Row("lsq", 4, SQAKD, 0, model=model, teacher_epochs=20, on_held_out=True)
+    return {(f"{network} W4A4", title): [replace(row, **changes)] for title, changes in settings.items()}
 
 
 def models() -> Group:
