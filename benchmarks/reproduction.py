@@ -183,6 +183,17 @@ def models() -> Group:
     return dict(sorted(table.items(), key=lambda item: item[0][0]))
 
 
+def teachers() -> Group:
+    """Lines of `models` by the epochs of their teacher: are labels ahead only while a teacher has more to learn?"""
+    return {
+        (network, f"{epochs} epochs", title): [replace(row, teacher_epochs=epochs) for row in rows]
+        for network in ("ViT W4A4", "ShuffleNetV2 x0.5 W4A4")
+        for epochs in (40, 160)
+        for (line, title), rows in models().items()
+        if line == network and rows[0].quantizer == "lsq"
+    }
+
+
 def peers() -> Group:
     """Other projects' quantizers in all layers, driven by the same trainer and loss on the same images.
 
@@ -213,10 +224,10 @@ def resnet20() -> Group:
     }
 
 
-ALL = (tuning, grid, kd, choice, best, beyond, few, other, tuning_models, models, peers, resnet20)
+ALL = (tuning, grid, kd, choice, best, beyond, few, other, tuning_models, models, teachers, peers, resnet20)
 TABLES: dict[str, Callable[[], Group]] = {table.__name__: table for table in ALL}
 # Whose groups of lines begin with the one that the others are compared with.
-COMPARED = ("grid", "kd", "best", "beyond", "few", "models", "peers", "resnet20")
+COMPARED = ("grid", "kd", "best", "beyond", "few", "models", "teachers", "peers", "resnet20")
 
 
 def main() -> None:
