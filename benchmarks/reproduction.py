@@ -185,12 +185,11 @@ def models() -> Group:
 
 def teachers() -> Group:
     """Lines of `models` by the epochs of their teacher: are labels ahead only while a teacher has more to learn?"""
+    table = models()
+    networks, titles = ("ViT W4A4", "ShuffleNetV2 x0.5 W4A4"), ("SQAKD", "labelled QAT")
     return {
-        (network, f"{epochs} epochs", title): [replace(row, teacher_epochs=epochs) for row in rows]
-        for network in ("ViT W4A4", "ShuffleNetV2 x0.5 W4A4")
-        for epochs in (40, 160)
-        for (line, title), rows in models().items()
-        if line == network and rows[0].quantizer == "lsq"
+        (network, f"{epochs} epochs", title): [replace(row, teacher_epochs=epochs) for row in table[network, title]]
+        for network, epochs, title in itertools.product(networks, (40, 160), titles)
     }
 
 
