@@ -19,7 +19,7 @@ STYLES = {"SQAKD": ("#0072B2", "o"), "labelled QAT": ("#D55E00", "s"), "CE + KL"
 
 def accuracy(rows: Rows) -> Figure:
     """Return accuracy against bits: a panel for each quantizer, a line for each objective, the teacher dashed."""
-    table, widths = grid(), sorted(BITS)
+    table, widths = grid(), BITS
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, quantizer in zip(figure.subplots(1, len(QUANTIZERS), sharey=True), QUANTIZERS, strict=True):
         teachers = [
@@ -35,7 +35,7 @@ def accuracy(rows: Rows) -> Figure:
             axes.errorbar(
                 [widths.index(bits) for bits, _ in points],
                 [statistics.mean(values) for _, values in points],
-                [statistics.pstdev(values) for _, values in points],
+                [statistics.stdev(values) if len(values) > 1 else 0 for _, values in points],
                 color=color,
                 marker=mark,
                 capsize=3,
@@ -52,7 +52,7 @@ def accuracy(rows: Rows) -> Figure:
 
 def curves(rows: Rows) -> Figure:
     """Return agreement with the teacher while training: a panel for each width, mean over the seeds, LSQ."""
-    table, widths = grid(), sorted(BITS)
+    table, widths = grid(), BITS
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, bits in zip(figure.subplots(1, len(widths)), widths, strict=True):
         for title in (OBJECTIVES[SQAKD], OBJECTIVES[LABELS]):
