@@ -44,7 +44,7 @@ from ..plan import plan_quantization
 from ..report import results_table
 from ..trainer import SQAKDTrainer
 from ..training_args import SQAKDTrainingArguments
-from ..transforms import ImageTransform
+from ..transforms import AUGMENTATIONS, ImageTransform
 from .quantization_arguments import QuantizationArguments, parse_json
 
 
@@ -72,7 +72,9 @@ class ScriptArguments:
     model_args: str = field(default="{}", metadata={"help": 'JSON arguments of the architecture: {"patch_size": 4}'})
     augment: str | None = field(
         default=None,
-        metadata={"help": "none, crop or crop-flip; default: none for digits and fashion_mnist, else crop-flip"},
+        metadata={
+            "help": f"one of {', '.join(AUGMENTATIONS)}; default: none for digits and fashion_mnist, else crop-flip"
+        },
     )
     max_train_images: int | None = field(default=None, metadata={"help": "use so many training images"})
     max_test_images: int | None = field(default=None, metadata={"help": "use so many test images"})
