@@ -52,6 +52,7 @@ def load_teacher(name: str, num_labels: int | None = None, **kwargs: Any) -> Pre
         offline = not os.path.isdir(source) and not hub_is_reachable()
         config = AutoConfig.from_pretrained(source, local_files_only=offline)
         if isinstance(config, TimmWrapperConfig):
+            _timm()  # it may be one of the paper's networks
             # A timm repository may state it, the wrapper states it too.
             config.model_args = {k: v for k, v in (config.model_args or {}).items() if k != "num_classes"}
         if num_labels is not None and num_labels != config.num_labels:

@@ -35,9 +35,9 @@ def test_parameter_counts(name, expected):
 RELOAD = """
 import sys, torch, sqakd_hf
 from transformers import AutoModelForImageClassification
+load = {"student": AutoModelForImageClassification.from_pretrained, "teacher": sqakd_hf.load_teacher}[sys.argv[2]]
 images, expected = torch.load(sys.argv[1] + "/images.pt")
-model = AutoModelForImageClassification.from_pretrained(sys.argv[1])
-assert torch.equal(model(images).logits, expected)
+assert torch.equal(load(sys.argv[1]).eval()(images).logits, expected)
 """
 
 
@@ -58,9 +58,19 @@ def test_each_is_trained_packed_and_reloaded(tmp_path, name):
     optimizer.step()
     with torch.no_grad():
         logits = model.eval()(images).logits
-    model.save_pretrained(tmp_path)
-    torch.save((images, logits), tmp_path / "images.pt")
-    done = subprocess.run([sys.executable, "-c", RELOAD, str(tmp_path)], capture_output=True, text=True)
+    check_reload(tmp_path, model, "student", images, logits)
+
+
+@torch.no_grad()
+def test_a_float_network_is_loaded_by_a_process_that_built_none(tmp_path):
+    model, images = build_model("timm/resnet20_cifar", 7).eval(), torch.randn(4, 3, 32, 32)
+    check_reload(tmp_path, model, "teacher", images, model(images).logits)
+
+
+def check_reload(folder, model, role, images, logits):
+    model.save_pretrained(folder)
+    torch.save((images, logits), folder / "images.pt")
+    done = subprocess.run([sys.executable, "-c", RELOAD, str(folder), role], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
