@@ -213,8 +213,8 @@ def calibrate_model(
 
     Args:
         model (`nn.Module`): A model after [`quantize_model`].
-        batches (`Iterable`): Images as tensors `(B, C, H, W)`, or dicts with `pixel_values`; without labels. A few
-            hundred images are enough. An iterator is kept in memory.
+        batches (`Iterable`): Images as tensors `(B, C, H, W)`, or dicts with `pixel_values` (and `pixel_mask`, where
+            the model takes one); without labels. A few hundred images are enough. An iterator is kept in memory.
         reestimate_batch_norm (`bool`, *optional*, defaults to `False`): See above.
         disable_progress (`bool`, *optional*, defaults to `False`): Show no progress bar.
 
@@ -416,7 +416,8 @@ def _feed(model: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, Any]],
             raise InputError(
                 "Calibration got a batch of one image, but BatchNorm needs two or more. Use larger batches."
             )
-        run_model(model, {"pixel_values": pixel_values.to(device)})
+        inputs = batch if isinstance(batch, Mapping) else {"pixel_values": batch}
+        run_model(model, {key: value.to(device) for key, value in inputs.items() if isinstance(value, torch.Tensor)})
         bar.update()
         empty = False
     if empty:

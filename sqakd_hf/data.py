@@ -105,7 +105,7 @@ def load_image_data(
 
 
 def split_holdout(
-    dataset: "datasets.Dataset", fraction: float, seed: int
+    dataset: "datasets.Dataset", fraction: float, seed: int, keep_labels: bool = False
 ) -> "tuple[datasets.Dataset, datasets.Dataset]":
     """Split off a part of the training images for choosing a model without labels.
 
@@ -113,10 +113,11 @@ def split_holdout(
         dataset (`datasets.Dataset`): Training images.
         fraction (`float`): Share of the images to hold out, in (0, 1).
         seed (`int`): Seed of the random choice.
+        keep_labels (`bool`, *optional*, defaults to `False`): Leave the held-out images their `label` column.
 
     Returns:
-        `tuple[datasets.Dataset, datasets.Dataset]`: The remaining images, and the held-out ones without their `label`
-        column; both in the order of `dataset`.
+        `tuple[datasets.Dataset, datasets.Dataset]`: The remaining images, and the held-out ones; both in the order of
+        `dataset`.
 
     Raises:
         InputError: If `fraction` is outside (0, 1) or if it leaves one side without images.
@@ -124,7 +125,7 @@ def split_holdout(
     _check_fraction("fraction", fraction)
     train_indices, holdout_indices = _split_indices(len(dataset), fraction, seed)
     holdout = dataset.select(holdout_indices)
-    if "label" in holdout.column_names:
+    if "label" in holdout.column_names and not keep_labels:
         holdout = holdout.remove_columns("label")
     return dataset.select(train_indices), holdout
 

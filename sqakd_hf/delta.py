@@ -1,15 +1,16 @@
 """EWGS's gradient scaling `delta`, estimated without labels from the curvature of the distillation loss."""
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .convert import batch_statistics, quantizers
+from .convert import batch_statistics, device_of, quantizers
 from .errors import InputError
+from .functional import along, widest_float
 from .quantizers import FakeQuantizer
 from .trace import evaluating
 
@@ -25,6 +26,7 @@ def estimate_delta(
     *,
     max_draws: int = 50,
     tolerance: float = 1e-3,
+    running_statistics: bool = False,
     seed: int = 0,
     disable_progress: bool = False,
 ) -> dict[FakeQuantizer, float]:
@@ -37,12 +39,13 @@ def estimate_delta(
     needs a second derivative.
 
     Args:
-        model (`nn.Module`): Calibrated. BatchNorm normalises by the batch, as in training, and keeps its running
-            statistics; all else is in eval mode.
+        model (`nn.Module`): Calibrated. BatchNorm keeps its running statistics; all but BatchNorm is in eval mode.
         loss (`Callable`): From a batch to its loss, by a forward pass of `model`.
         batches (`Iterable`): Batches, a few.
         max_draws (`int`, *optional*, defaults to 50): Draws for a batch at most.
         tolerance (`float`, *optional*, defaults to 1e-3): See above.
+        running_statistics (`bool`, *optional*, defaults to `False`): Let BatchNorm normalise by these, as in a
+            training that freezes them, instead of by the batch.
         seed (`int`, *optional*, defaults to 0): Of the draws.
         disable_progress (`bool`, *optional*, defaults to `False`): Show no progress bar.
 
@@ -51,10 +54,12 @@ def estimate_delta(
     """
     sums: dict[FakeQuantizer, float] = {}
     count = 0
-    with evaluating(model), batch_statistics(model), tqdm(disable=disable_progress, leave=False) as bar:
+    norms = nullcontext() if running_statistics else batch_statistics(model)
+    with evaluating(model), norms, tqdm(disable=disable_progress, leave=False) as bar:
         bar.set_description("Estimating delta")
         for batch in batches:
-            generator = torch.Generator().manual_seed(seed + count)
+            # On the model's device: there are as many signs as there are weights and activations.
+            generator = torch.Generator(device_of(model)).manual_seed(seed + count)
             found = _of_batch(model, loss, batch, max_draws, tolerance, generator, bar)
             sums = {quantizer: sums.get(quantizer, 0.0) + value for quantizer, value in found.items()}
             count += 1
@@ -86,10 +91,7 @@ class _Output:
             passes = (x >= grid.lower) & (x <= grid.upper) if quantizer.role == "activation" else torch.tensor(False)
             self._bases.append((passes, (output - x * passes).detach()))
             ends = (grid.scale * (quantizer.levels - 1)).detach()
-            shape = [1] * x.dim()
-            if ends.numel() > 1:
-                shape[quantizer.channel_axis] = -1
-            self.width = ends.view(shape)
+            self.width = along(ends, x, quantizer.channel_axis)
         passes, offset = self._bases[call]
         value = x * passes + offset
         if self.perturbations:
@@ -130,7 +132,7 @@ def _of_batch(
         base = [gradient for gradient in gradients() if gradient]
         outputs = [output for output in outputs if output.values]  # those that ran
         spread = torch.stack([torch.cat([each.flatten() for each in gradient]).std() for gradient in base])
-        traces = torch.zeros(len(outputs), dtype=torch.float64, device=spread.device)
+        traces = torch.zeros(len(outputs), dtype=widest_float(spread.device), device=spread.device)
         for draw in range(1, max_draws + 1):
             signs = [[_signs(value, generator) for value in output.values] for output in outputs]
             products = torch.zeros_like(traces)
@@ -152,4 +154,4 @@ def _of_batch(
 
 
 def _signs(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return (torch.randint(2, like.shape, generator=generator) * 2 - 1).to(like)
+    return torch.empty_like(like).bernoulli_(generator=generator).mul_(2).sub_(1)

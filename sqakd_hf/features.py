@@ -116,9 +116,13 @@ def find_lattice_layer(student: nn.Module, name: str | None = None) -> str:
         name (`str`, *optional*): Choose this layer.
 
     Raises:
-        `InputError`: No such layer, or one whose input is not quantized.
+        `InputError`: No such layer, one whose input is not quantized, or a student that was put together by hand.
     """
-    plan: QuantizationPlan = student.quantization_plan
+    plan: QuantizationPlan | None = getattr(student, "quantization_plan", None)
+    if plan is None:
+        raise InputError(
+            "The term 'squat' looks for its layer in the plan of quantize_model, which this student was not made by."
+        )
     names = [
         line.name
         for line in plan.quantized

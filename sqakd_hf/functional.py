@@ -130,7 +130,7 @@ def quantize(
         >>> quantize(torch.tensor([0.1, 0.6, 2.0]), affine_grid(torch.zeros(1), torch.ones(1), 4), levels=4)
         tensor([0, 2, 3], dtype=torch.uint8)
     """
-    scale, zero_point = _along(grid.scale, x, channel_axis), _along(grid.zero_point, x, channel_axis)
+    scale, zero_point = along(grid.scale, x, channel_axis), along(grid.zero_point, x, channel_axis)
     wide = x.to(torch.promote_types(x.dtype, scale.dtype))
     return _code(wide, scale, zero_point, levels - 1, binary).to(torch.uint8)
 
@@ -143,12 +143,17 @@ def dequantize(codes: torch.Tensor, grid: Grid, *, channel_axis: int | None = No
         >>> dequantize(torch.tensor([0, 2, 3]), affine_grid(torch.zeros(1), torch.full((1,), 3.0), 4))
         tensor([0., 2., 3.])
     """
-    scale, zero_point = _along(grid.scale, codes, channel_axis), _along(grid.zero_point, codes, channel_axis)
+    scale, zero_point = along(grid.scale, codes, channel_axis), along(grid.zero_point, codes, channel_axis)
     # In place: whole models are unpacked this way.
     return codes.to(scale.dtype, copy=True).sub_(zero_point).mul_(scale)
 
 
-def _along(values: torch.Tensor, x: torch.Tensor, channel_axis: int | None) -> torch.Tensor:
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on Apple's GPUs, which have no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def along(values: torch.Tensor, x: torch.Tensor, channel_axis: int | None) -> torch.Tensor:
     """View 1-D `values` so that they broadcast along `channel_axis` of `x`."""
     if channel_axis is None or values.numel() == 1:
         return values.view([1] * x.dim())
@@ -234,7 +239,7 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.options = (qmax, delta, channel_axis, binary, clip_only)
         if _is_watched():
             return _forward(
-                x, _along(grid.scale, x, channel_axis), _along(grid.zero_point, x, channel_axis), qmax, binary
+                x, along(grid.scale, x, channel_axis), along(grid.zero_point, x, channel_axis), qmax, binary
             )
         flat, rows, like = _flatten(x, channel_axis)
         out = _run(_forward, flat, *(_column(v, rows) for v in grid[2:]), qmax, binary)
@@ -249,9 +254,9 @@ class _FakeQuantize(torch.autograd.Function):
         flags = (qmax, binary, clip_only, want_x, want_range)
         if _is_watched():
             # Multiplied, and zero as well: where a graph depended on the number, dynamo would make it anew for others.
-            slope = _along(grid[0].new_ones(1).mul_(delta / qmax), x, channel_axis)
+            slope = along(grid[0].new_ones(1).mul_(delta / qmax), x, channel_axis)
             zero = _late_zero(grad)
-            columns = [_along(v + zero, x, channel_axis) for v in grid]
+            columns = [along(v + zero, x, channel_axis) for v in grid]
             grad_x, below, above = _backward(x, grad, *columns, slope, *flags)
             if want_range:
                 below, above = (_sum_along(v, grid[0], channel_axis) for v in (below, above))

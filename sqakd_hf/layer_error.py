@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .convert import quantized_layers
+from .functional import widest_float
 from .outputs import run_model
 from .quantizers import FakeQuantizer
 from .trace import evaluating
@@ -34,7 +35,8 @@ def layer_sqnr(student: nn.Module, teacher: nn.Module, batches: Iterable[torch.T
         for images in batches:
             expected, found = (_outputs(model, names, images) for model in (teacher, student))
             for name in found.keys() & expected.keys():
-                signal, value = expected[name].double(), found[name].double()
+                wide = widest_float(expected[name].device)
+                signal, value = expected[name].to(wide), found[name].to(wide)
                 if signal.shape == value.shape:
                     pair = torch.stack([signal.square().sum(), (signal - value).square().sum()])
                     sums[name] = sums[name] + pair if name in sums else pair

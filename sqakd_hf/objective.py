@@ -131,7 +131,6 @@ class Features:
             self._quantizer = student.get_submodule(layer).input_quantizer
             self._student_values = self._tap({layer: self._quantizer})
             self._teacher_values = self._tap({layer: _same(teacher, layer)}, inputs=True)
-        self.layer = layer
 
     def _tap(self, modules: Mapping[str, nn.Module], **options: bool) -> FeatureTap:
         self._taps.append(FeatureTap(modules, **options))

@@ -40,6 +40,7 @@ from .convert import (
 )
 from .delta import estimate_delta
 from .errors import InputError
+from .functional import widest_float
 from .html_report import html_report
 from .hub import hub_id
 from .interception import InterceptedModule
@@ -158,6 +159,12 @@ class SQAKDTrainer(Trainer):
         args = SQAKDTrainingArguments() if args is None else args
         if not isinstance(args, SQAKDTrainingArguments):
             raise InputError(f"args must be SQAKDTrainingArguments, got {type(args).__name__}.")
+        if args.n_gpu > 1:
+            raise InputError(
+                f"This process sees {args.n_gpu} GPUs, which Trainer would use by nn.DataParallel; students do not "
+                "train with that. Start one process for each GPU, `accelerate launch` does it, or show this one a "
+                "single GPU: CUDA_VISIBLE_DEVICES=0."
+            )
         kwargs.setdefault("data_collator", ImageCollator())
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -235,9 +242,10 @@ class SQAKDTrainer(Trainer):
             self.calibrate()
         self.model.train()  # a student loaded from codes becomes latent before it is spread over devices
         self._check_options()
+        deltas = _read_deltas(resume_from_checkpoint, self.args.delta_estimation_steps)
         if self.args.delta_estimation_steps:
             self._deltas_of_step = 0
-            self._set_deltas(_read_deltas(resume_from_checkpoint) if resume_from_checkpoint else {})
+            self._set_deltas(deltas)
         if self.args.oscillation_freezing:
             self._freezer = OscillationFreezer(quantized_layers(self.model), self.args.oscillation_freezing)
             if resume_from_checkpoint:
@@ -262,7 +270,7 @@ class SQAKDTrainer(Trainer):
         if self.args.reestimate_batch_norm:
             reestimate_batch_norm(
                 self.model,
-                self._first_batches(self.args.reestimate_batch_norm),
+                self._sample(self.args.reestimate_batch_norm),
                 disable_progress=not self.is_world_process_zero(),
             )
         return output
@@ -330,7 +338,7 @@ class SQAKDTrainer(Trainer):
         return inputs
 
     def calibrate(self) -> None:
-        """Set the student's ranges by [`calibrate_model`], from the first `args.calibration_images` training images.
+        """Set the student's ranges by [`calibrate_model`], from `args.calibration_images` of the training images.
 
         Every process reads the same images and takes the ranges of the first, which differ where images are augmented
         at random.
@@ -340,7 +348,7 @@ class SQAKDTrainer(Trainer):
         self._move_model_to_device(self.model, self.args.device)
         calibrate_model(
             self.model,
-            list(self._first_batches(self.args.calibration_images)),
+            list(self._sample(self.args.calibration_images)),
             disable_progress=not self.is_world_process_zero(),
         )
         self._follow_first_process()
@@ -359,7 +367,7 @@ class SQAKDTrainer(Trainer):
         time, and training's random numbers stay what they are.
 
         Args:
-            images (`int`, *optional*, defaults to 64): So many of the first training images, at least 2.
+            images (`int`, *optional*, defaults to 64): So many of the training images, at least 2.
         """
         if not is_calibrated(self.model):
             raise InputError("The student has no ranges yet. Call trainer.calibrate() or trainer.train() first.")
@@ -374,7 +382,7 @@ class SQAKDTrainer(Trainer):
         if any(parameter.dtype != torch.float32 for parameter in teacher.parameters()):
             teacher = copy.deepcopy(teacher).float()
         with _same_random_numbers(self.args.seed):
-            batches = (batch.to(self.args.device) for batch in self._first_batches(images))
+            batches = (batch["pixel_values"].to(self.args.device) for batch in self._sample(images))
             self.layer_sqnr[self._measured_as] = layer_sqnr(self.model, teacher, batches)
         return self.layer_sqnr[self._measured_as]
 
@@ -391,16 +399,22 @@ class SQAKDTrainer(Trainer):
             quantizer.refresh()
         record_signedness(self.model)
 
-    def _first_batches(self, total: int, batch: int | None = None) -> Iterator[torch.Tensor]:
-        """Yield the first `total` training images, in batches of at least 32 or of the size that is given."""
+    def _sample(self, total: int, batch: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield `total` training images, without labels, in batches of at least 32 or of the size that is given.
+
+        They are drawn at random, the same in every process and each time: the first of a folder are all of one class.
+        A stream has no others than its first.
+        """
         dataset, batch = self.train_dataset, batch or max(self.args.train_batch_size, 32)
-        stream = (
-            iter(dataset) if isinstance(dataset, IterableDataset) else map(dataset.__getitem__, range(len(dataset)))
-        )
-        images = islice(stream, total)
+        if isinstance(dataset, IterableDataset):
+            images = islice(dataset, total)
+        else:
+            order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.args.seed))
+            images = map(dataset.__getitem__, order[:total].tolist())
         while features := list(islice(images, batch)):
             if len(features) > 1:  # batch statistics need two images
-                yield self.data_collator(features)["pixel_values"]
+                collated = self.data_collator(features)
+                yield {name: tensor for name, tensor in collated.items() if name != "labels"}
 
     def compute_loss(
         self,
@@ -499,14 +513,22 @@ class SQAKDTrainer(Trainer):
                 self.optimizer.state.pop(parameter, None)  # what it remembers is of other ranges
 
     def _estimate_deltas(self) -> None:
-        """Set every quantizer's `delta` from the curvature of the loss at the first three training batches."""
+        """Set every quantizer's `delta` from the curvature of the loss at three batches of training images."""
 
         def loss(inputs: dict[str, Any]) -> torch.Tensor:
-            return self._loss(self._predict(self.model, inputs), self.teacher_prediction(inputs), None)
+            student = predict(self.model, inputs, self.args.output_field)
+            return self._loss(student, self.teacher_prediction(inputs), student.mask_of(inputs))
 
         batch = max(self.args.train_batch_size, 2)
-        batches = [self._prepare_inputs({"pixel_values": images}) for images in self._first_batches(3 * batch, batch)]
-        found = estimate_delta(self.model, loss, batches, disable_progress=self.args.disable_tqdm)
+        batches = [self._prepare_inputs(inputs) for inputs in self._sample(3 * batch, batch)]
+        with _own_forward(self.model):  # in float32: half precision is too coarse for second differences
+            found = estimate_delta(
+                self.model,
+                loss,
+                batches,
+                running_statistics=self.args.freeze_batch_norm,
+                disable_progress=self.args.disable_tqdm,
+            )
         values = torch.tensor(
             [found.get(quantizer, 0.0) for quantizer in quantizers(self.model)], device=self.args.device
         )
@@ -587,7 +609,7 @@ class SQAKDTrainer(Trainer):
         return [name for name, parameter in model.named_parameters() if name in names and parameter.dim() > 1]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the student's agreement with its teacher, averaged since the last log, to the training logs."""
+        """Add to training logs the agreement with the teacher since the last one, and the share of frozen weights."""
         for name, what in (("loss", "The loss"), ("grad_norm", "The gradient's norm")):
             # In fp16 the scaler skips steps whose gradient overflows.
             scaled = name == "grad_norm" and self.accelerator.mixed_precision == "fp16"
@@ -595,7 +617,10 @@ class SQAKDTrainer(Trainer):
                 where = first_non_finite_parameter(self.model) or "no parameter, so it is new"
                 self._stop_at_non_finite(what, logs[name], f"{where} (some time since the last log)")
         if "loss" in logs and self._agreement:
-            logs["agreement"] = round(self._agreement.pop(), 4)
+            own = torch.tensor(self._agreement.pop(), device=self.args.device)
+            logs["agreement"] = round(self.accelerator.reduce(own, "mean").item(), 4)
+            if self._freezer is not None:
+                logs["frozen"] = round(self._freezer.frozen_share(), 4)
         super().log(logs, *args, **kwargs)
 
     # --- evaluation ---
@@ -659,7 +684,7 @@ class SQAKDTrainer(Trainer):
             values["accuracy"], values["teacher_accuracy"] = hits, teacher.hits(labels)
         for name, (value, counts) in values.items():
             # Drops the images that fill up the last batch of a distributed loader.
-            value, counts = self.accelerator.gather_for_metrics((value.double(), counts))
+            value, counts = self.accelerator.gather_for_metrics((value.to(widest_float(value.device)), counts))
             self._evaluated.setdefault(name, _RunningMean()).add((value * counts).sum(), counts.sum())
         if prediction_loss_only:
             return loss.mean(), None, None
@@ -825,9 +850,22 @@ def _quantizer_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, FakeQuantizer)]
 
 
-def _read_deltas(folder: str) -> dict[str, float]:
-    path = os.path.join(folder, DELTAS_FILE)
-    if not os.path.exists(path):
+def _read_deltas(checkpoint: str | None, estimates: int) -> dict[str, float]:
+    """Return what was estimated up to a checkpoint; say it if one of the two trainings estimates and the other not."""
+    if not checkpoint:
+        return {}
+    path = os.path.join(checkpoint, DELTAS_FILE)
+    exists = os.path.exists(path)
+    if exists and not estimates:
+        logger.warning(
+            "%s is of a training with delta_estimation_steps: without it, delta is the quantizers' own again.",
+            checkpoint,
+        )
+    if estimates and not exists:
+        logger.warning(
+            "%s is of a training without delta_estimation_steps: delta is 0 until it is estimated.", checkpoint
+        )
+    if not exists:
         return {}
     with open(path, encoding="utf-8") as file:
         return json.load(file)
@@ -863,6 +901,20 @@ def _forget_preparation(model: nn.Module) -> None:
     state = vars(model)
     if state.pop("_is_accelerate_prepared", False) and "_original_forward" in state:
         model.forward = state.pop("_original_forward")
+
+
+@contextlib.contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """Context in which `model` computes without the autocast that accelerate keeps around its forward."""
+    state = vars(model)
+    prepared = state.get("forward") if "_original_forward" in state else None
+    if prepared is not None:
+        model.forward = state["_original_forward"]
+    try:
+        yield
+    finally:
+        if prepared is not None:
+            model.forward = prepared
 
 
 def _is_sharded(model: nn.Module) -> bool:

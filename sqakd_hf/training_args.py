@@ -27,7 +27,7 @@ class SQAKDTrainingArguments(TrainingArguments):
         quantizer_learning_rate (`float`, *optional*): Learning rate of the quantizers' ranges; by default a hundredth
             of `learning_rate`, as in the paper. Ranges have no weight decay.
         calibration_images (`int`, *optional*, defaults to 512): Number of training images that set the ranges before
-            training, the first of the training set.
+            training, drawn at random (the first, of a stream); at least 2.
         activation_memory (`str`, *optional*, defaults to `"normal"`): With `"low"`, what quantizers put out is
             computed again in the backward instead of kept: the memory of the float network, more time, the same bits.
             A compiled model decides this itself.
@@ -47,11 +47,11 @@ class SQAKDTrainingArguments(TrainingArguments):
         feature_layer (`str`, *optional*): The layer whose quantized input the term `squat` compares; by default the
             last block's last but one, see [`~sqakd_hf.features.find_lattice_layer`].
         delta_estimation_steps (`int`, *optional*, defaults to 0): Estimate each quantizer's `delta` anew every so many
-            optimizer steps, from the first three training batches and without labels, see
+            optimizer steps, from three batches of training images and without labels, see
             [`~sqakd_hf.delta.estimate_delta`]; until the first time it is 0. By default `delta` is what the
             quantizer was given.
         reestimate_batch_norm (`int`, *optional*, defaults to 0): At the end of the training, replace BatchNorm's
-            running statistics by those of so many training images, the first of the set.
+            running statistics by those of so many training images, drawn at random.
         freeze_batch_norm (`bool`, *optional*, defaults to `False`): Normalise by the teacher's running statistics and
             keep them: for training images of another kind than those that the student is for.
         oscillation_dampening (`float`, *optional*, defaults to 0.0): Weight, grown from 0 to this over the training,
@@ -136,8 +136,11 @@ class SQAKDTrainingArguments(TrainingArguments):
             self.quantizer_learning_rate = self.learning_rate / 100
         if self.quantizer_learning_rate < 0:
             raise InputError(f"quantizer_learning_rate must not be negative, got {self.quantizer_learning_rate!r}.")
-        if self.calibration_images < 1:
-            raise InputError(f"calibration_images must be at least 1, got {self.calibration_images!r}.")
+        if self.calibration_images < 2:
+            raise InputError(
+                f"calibration_images must be at least 2, as batch statistics need; got {self.calibration_images!r}. "
+                "Use a few hundred."
+            )
         for name, unit in (("reestimate_batch_norm", "images"), ("delta_estimation_steps", "steps")):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from sqakd_hf import (
     InputError,
     QuantizationConfig,
+    SQAKDTrainer,
     calibrate_model,
     delta,
     distillation_loss,
@@ -185,6 +186,19 @@ def test_the_model_is_left_as_it_was(build, tmp_path):
     assert quantized_layers(model)
 
 
+class Segmenter(nn.Module):
+    """Logits `(B, 4, 4, 4)`, behind a BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.head = nn.Conv2d(8, 4, 3, 2, 1)
+
+    def forward(self, x):
+        return self.head(self.stem(x))
+
+
 class Twice(nn.Module):
     """One layer on two inputs of other sizes, and one that the loss does not depend on."""
 
@@ -214,6 +228,49 @@ def test_layers_that_run_twice_or_for_nothing_do_not_change_the_output():
     torch.testing.assert_close(seen[0], expected)
     assert found[student.unused.weight_quantizer] == 0
     assert found.keys() == set(quantizers(student))
+
+
+class Normalised(nn.Module):
+    """BatchNorm, or what it is with its running statistics, between two layers."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 5), norm, nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.norm(self.first(x))))
+
+
+class Affine(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.factor = (norm.running_var + norm.eps).rsqrt()
+        self.offset = -norm.running_mean * self.factor
+
+    def forward(self, x):
+        return x * self.factor + self.offset
+
+
+def test_batch_norm_normalises_as_it_will_in_training():
+    norm = nn.BatchNorm1d(5)
+    norm.running_mean.copy_(torch.linspace(-1, 1, 5))
+    norm.running_var.copy_(torch.linspace(0.5, 4, 5))
+    images = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for name, module, options in (
+        ("running", norm, {"running_statistics": True}),
+        ("affine", Affine(norm), {}),
+        ("batch", norm, {}),
+    ):
+        torch.manual_seed(0)
+        student = Normalised(copy.deepcopy(module))
+        quantize_model(student, QuantizationConfig("ewgs", 8, 8), images)
+        calibrate_model(student, [images], disable_progress=True)
+        batch = {"pixel_values": images, "target": torch.linspace(-3, 3, 96).view(32, 3)}
+        estimate = estimate_delta(student, loss_of(student), [batch], max_draws=5, disable_progress=True, **options)
+        found[name] = list(estimate.values())
+    assert found["running"] == pytest.approx(found["affine"], rel=1e-4)
+    assert found["batch"] != pytest.approx(found["affine"], rel=0.1)
 
 
 def test_without_a_batch_it_is_refused():
@@ -247,6 +304,50 @@ class TestTraining:
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
         assert seen == before[3:]
         assert_same_state(whole.model, resumed.model)
+
+    @pytest.mark.parametrize("freezes", [False, True])
+    def test_it_is_of_the_loss_in_float32(self, tmp_path, monkeypatch, freezes):
+        """Whatever training computes in, with the batch's masks, and BatchNorm as training has it."""
+        dtypes, losses = [], []
+
+        def watched(model, loss, batches, **options):
+            assert options["running_statistics"] is freezes
+            handle = model.head.register_forward_hook(lambda _, __, output: dtypes.append(output.dtype))
+            for batch in batches:
+                unmasked = {name: value for name, value in batch.items() if name != "valid_mask"}
+                losses.append((loss(batch).item(), loss(unmasked).item()))
+            handle.remove()
+            return {}
+
+        monkeypatch.setattr("sqakd_hf.trainer.estimate_delta", watched)
+        data = [
+            {"pixel_values": image, "valid_mask": torch.arange(16).view(4, 4) % 5 > 0}
+            for image in torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        ]
+        teacher = Segmenter()
+        student = copy.deepcopy(teacher)
+        quantize_model(student, QuantizationConfig("ewgs"))
+        args = arguments(tmp_path, bf16=True, max_steps=2, delta_estimation_steps=1, freeze_batch_norm=freezes)
+        trainer = SQAKDTrainer(student, teacher, args, data)
+        trained = []
+        student.head.register_forward_hook(
+            lambda _, __, output: trained.append(output.dtype) if torch.is_autocast_enabled("cpu") else None
+        )
+        trainer.train()
+        assert set(dtypes) == {torch.float32} and set(trained) == {torch.bfloat16}
+        assert losses and all(with_mask != without for with_mask, without in losses)
+
+    def test_a_checkpoint_of_the_other_kind_is_told(self, tmp_path, caplog):
+        options = {"config": {"quantizer": "ewgs"}, "max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+        make_trainer(tmp_path / "with", delta_estimation_steps=1, **options).train()
+        make_trainer(tmp_path / "without", **options).train()
+        assert not caplog.records
+        make_trainer(tmp_path / "a", **options).train(str(tmp_path / "with" / "checkpoint-2"))
+        assert "is of a training with delta_estimation_steps: without it" in caplog.text
+        make_trainer(tmp_path / "b", delta_estimation_steps=1, **options).train(
+            str(tmp_path / "without" / "checkpoint-2")
+        )
+        assert "is of a training without delta_estimation_steps: delta is 0 until" in caplog.text
 
     def test_a_second_training_estimates_again(self, tmp_path):
         trainer = make_trainer(tmp_path, config={"quantizer": "ewgs"}, max_steps=3, delta_estimation_steps=2)

@@ -211,6 +211,12 @@ class TestFeatures:
         stages = find_stages(model, {"pixel_values": torch.randn(1, 3, 32, 32)})
         assert not any("attn" in stage for stage in stages) and stages[-1] == "norm"
 
+    def test_a_student_without_a_plan_is_told(self):
+        student, _ = models(TinyConvNet)
+        del student.quantization_plan
+        with pytest.raises(InputError, match="in the plan of quantize_model"):
+            find_lattice_layer(student)
+
     def test_a_layer_of_ones_own_choice_must_be_quantized(self):
         student, _ = models(TinyConvNet)
         assert find_lattice_layer(student, "body.0") == "body.0"

@@ -177,10 +177,12 @@ class TestFreezing:
 
     def test_training_goes_on_from_a_checkpoint_bit_for_bit(self, tmp_path):
         options = {"oscillation_freezing": 0.002, "num_train_epochs": 6, "learning_rate": 0.05}
-        options |= {"save_strategy": "steps", "save_steps": 12}
+        options |= {"save_strategy": "steps", "save_steps": 12, "logging_steps": 1}
         whole = make_trainer(tmp_path / "a", config={"weight_bits": 2}, **options)
         whole.train()
         assert 0 < whole._freezer.frozen_share() < 1
+        logged = [log["frozen"] for log in whole.state.log_history if "loss" in log]
+        assert logged[-1] == pytest.approx(whole._freezer.frozen_share(), abs=1e-4) and logged == sorted(logged)
         part = make_trainer(tmp_path / "b", config={"weight_bits": 2}, **options)
         part.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-12"))
         assert_same_state(part.model, whole.model)

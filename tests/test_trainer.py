@@ -173,6 +173,50 @@ class TestTraining:
         assert all(0 <= value <= 1 for value in agreements)
 
 
+class TestSample:
+    """Images for calibration and the like."""
+
+    def seen_by(self, act, tmp_path, **options):
+        seen = []
+
+        class Watched(Images):
+            def __getitem__(self, index):
+                seen.append(index)
+                return super().__getitem__(index)
+
+        student, teacher = models()
+        trainer = SQAKDTrainer(student, teacher, arguments(tmp_path, **options), Watched(300))
+        act(trainer)
+        return seen
+
+    def test_is_of_the_whole_set_whatever_its_order(self, tmp_path):
+        seen = self.seen_by(lambda trainer: trainer.calibrate(), tmp_path, calibration_images=60)
+        assert len(set(seen)) == len(seen) == 60
+        # Of five classes in a row each has its share: 12 of 60, give or take what chance gives.
+        assert all(4 <= sum(index // 60 == place for index in seen) <= 20 for place in range(5))
+
+    def test_is_the_same_each_time_and_another_for_another_seed(self, tmp_path):
+        first, again = (self.seen_by(lambda trainer: trainer.calibrate(), tmp_path) for _ in range(2))
+        assert first == again != self.seen_by(lambda trainer: trainer.calibrate(), tmp_path, seed=8)
+
+    def test_of_a_small_set_is_all_of_it(self, tmp_path):
+        seen = self.seen_by(lambda trainer: trainer.calibrate(), tmp_path, calibration_images=512)
+        assert sorted(seen) == list(range(300))
+
+    def test_of_a_stream_are_its_first_images(self, tmp_path):
+        student, teacher = models()
+        trainer = SQAKDTrainer(student, teacher, arguments(tmp_path, max_steps=1), ImageStream())
+        (batch,) = trainer._sample(16)
+        assert torch.equal(batch["pixel_values"], Images().pixels[:16])
+
+    def test_brings_masks_and_no_labels(self, tmp_path):
+        data = [{"pixel_values": image, "label": 0, "pixel_mask": image[0] > 0} for image in Images().pixels]
+        student, teacher = models()
+        (batch,) = SQAKDTrainer(student, teacher, arguments(tmp_path), data)._sample(8)
+        assert batch.keys() == {"pixel_values", "pixel_mask"}
+        assert torch.equal(batch["pixel_mask"], batch["pixel_values"][:, 0] > 0)
+
+
 class TestFrozenBatchNorm:
     @pytest.mark.parametrize("freezes", [False, True])
     def test_statistics_stay_those_of_the_teacher_and_the_rest_trains(self, tmp_path, freezes):
@@ -268,8 +312,9 @@ class TestEvaluation:
         before = trainer.evaluate()
         trainer.train()
         after = trainer.evaluate()
-        did_harm = after["eval_agreement"] < before["eval_agreement"]
-        assert did_harm is (learning_rate > 1)
+        did_harm = learning_rate > 1
+        assert (after["eval_loss"] > before["eval_loss"]) is did_harm
+        assert not did_harm or after["eval_agreement"] < before["eval_agreement"]
         assert ("Training did harm" in caplog.text) is did_harm
         assert ("freeze_batch_norm=True" in caplog.text) is did_harm
 
@@ -483,11 +528,19 @@ class TestBadInput:
 
     @pytest.mark.parametrize(
         ("field", "value"),
-        [("temperature", 0), ("temperature", -1.0), ("quantizer_learning_rate", -1.0), ("calibration_images", 0)],
+        [("temperature", 0), ("temperature", -1.0), ("quantizer_learning_rate", -1.0), ("calibration_images", 1)],
     )
     def test_arguments_out_of_range_are_named(self, tmp_path, field, value):
         with pytest.raises(InputError, match=f"{field} must .* got {value}"):
             arguments(tmp_path, **{field: value})
+
+    def test_several_gpus_in_one_process_are_refused(self, tmp_path):
+        student, teacher = models()
+        args = arguments(tmp_path)
+        assert args.n_gpu == 0  # known from here on
+        args._n_gpu = 2
+        with pytest.raises(InputError, match="sees 2 GPUs.*accelerate launch"):
+            SQAKDTrainer(student, teacher, args, Images())
 
     def test_data_without_pixel_values_is_named(self, tmp_path):
         student, teacher = models()

@@ -40,6 +40,7 @@ from ..modeling import (
     preprocessing,
     record_preprocessing,
 )
+from ..objective import parse_objective, reads_labels
 from ..plan import plan_quantization
 from ..report import results_table
 from ..trainer import SQAKDTrainer
@@ -126,6 +127,7 @@ def main(argv: Sequence[str]) -> None:
     script, quantization, args = parser.parse_args_into_dataclasses(argv)
     set_up_logging(args)
     check_output_folder(script, args)
+    choose_by_holdout(script, args, argv)
     try:
         distil(script, quantization, args)
     except KeyboardInterrupt:
@@ -134,6 +136,33 @@ def main(argv: Sequence[str]) -> None:
             last = last_checkpoint(args.output_dir)
         way_on = "--resume_from_checkpoint last to go on" if last else "--overwrite_output_dir to start again"
         sys.exit(f"\nInterrupted{f', saved {last}' if last else ''}. Run the same command with {way_on}.")
+
+
+def choose_by_holdout(script: ScriptArguments, args: DistillationArguments, argv: Sequence[str]) -> None:
+    """Let training keep its best epoch by the held-out images; refuse arguments that contradict it."""
+    if not script.validation_fraction:
+        if args.eval_strategy != "no":
+            raise InputError("--eval_strategy measures held-out images, and --validation_fraction 0 holds out none.")
+        return
+    given = {argument.split("=")[0].lstrip("-").replace("-", "_") for argument in argv if argument.startswith("--")}
+    # Epochs with more bits than the student's own would win.
+    needed = {
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "load_best_model_at_end": not args.progressive_bits,
+    }
+    for name, value in needed.items():
+        if name in given and getattr(args, name) != value:
+            raise InputError(
+                f"--{name} does not go with --validation_fraction {script.validation_fraction:g}: the student is "
+                "measured and saved after each epoch, and the best one kept. Pass --validation_fraction 0."
+            )
+        setattr(args, name, value)
+    if "metric_for_best_model" not in given:
+        terms = parse_objective(args.objective)
+        by_labels = reads_labels(terms) and all(term.name != "kl" for term in terms)
+        args.metric_for_best_model = "eval_accuracy" if by_labels else "eval_loss"
+        args.greater_is_better = by_labels
 
 
 def distil(script: ScriptArguments, quantization: QuantizationArguments, args: DistillationArguments) -> None:
@@ -151,13 +180,8 @@ def distil(script: ScriptArguments, quantization: QuantizationArguments, args: D
     )
     train, holdout = data.train, None
     if script.validation_fraction:
-        train, holdout = split_holdout(data.train, script.validation_fraction, args.seed)
-        args.eval_strategy = args.save_strategy = "epoch"
-        # Epochs with more bits than the student's own would win.
-        args.load_best_model_at_end = not args.progressive_bits
-        by_labels = args.objective == "ce"
-        args.metric_for_best_model = "eval_accuracy" if by_labels else "eval_loss"
-        args.greater_is_better = by_labels
+        by_labels = args.metric_for_best_model == "eval_accuracy"
+        train, holdout = split_holdout(data.train, script.validation_fraction, args.seed, keep_labels=by_labels)
 
     set_seed(args.seed)
     teacher, is_trained = get_teacher(script, args, data)

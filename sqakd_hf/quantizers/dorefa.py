@@ -8,7 +8,7 @@ computes what it did. `unit_range=True` is the published form.
 import torch
 
 from ..errors import InputError
-from ..functional import MIN_RANGE
+from ..functional import MIN_RANGE, along
 from .base import FakeQuantizer, register_quantizer
 from .following import FollowsWeight
 from .statistics import widen
@@ -82,14 +82,14 @@ class DoReFaWeight(FollowsWeight, _FixedRange):
         squashed = torch.tanh(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
         largest = self.rows(squashed).abs().amax(1).to(squashed.dtype)
         # A channel without weights is not stretched: its gradient would have no end.
-        largest = self._spread(torch.where(largest > MIN_RANGE, largest, 1), x)
+        largest = along(torch.where(largest > MIN_RANGE, largest, 1), x, self.channel_axis)
         # Divide first: the largest weight lands on the end of the range exactly.
-        return squashed / largest * self._spread(self.magnitude, x)
+        return squashed / largest * along(self.magnitude, x, self.channel_axis)
 
     def latent(self, values: torch.Tensor) -> torch.Tensor:
         if self.binary:
             return values
-        magnitude = self._spread(self.magnitude, values)
+        magnitude = along(self.magnitude, values, self.channel_axis)
         # The largest weight of a trained layer, in the values' dtype so that it is rounded to nothing else; where
         # tanh saturates, a smaller one gives the same values.
         largest = magnitude.clamp(max=2).to(values.dtype).float()
@@ -97,9 +97,4 @@ class DoReFaWeight(FollowsWeight, _FixedRange):
         latent = torch.atanh(normalised * torch.tanh(largest)).to(values.dtype)
         # The stretch takes every channel to the end of its range, but for one that is all zeros.
         reaches = self.rows(normalised).abs().amax(1) > 1 - 0.5 / (self.levels - 1)
-        return latent * self._spread(reaches, values)
-
-    def _spread(self, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        if self.channel_axis is None:
-            return values
-        return values.view([-1 if axis == self.channel_axis % x.dim() else 1 for axis in range(x.dim())])
+        return latent * along(reaches, values, self.channel_axis)

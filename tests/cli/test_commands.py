@@ -41,8 +41,9 @@ class TestEvaluate:
         arguments = ["--dataset", "digits", "--max_images", 60, "--teacher", distilled / "teacher", "--json"]
         found = json.loads(printed(capsys, "evaluate", distilled, *arguments))
         assert found["images"] == 60
+        # Training computes the divergence in float32: log-probabilities near 2 are rounded by 2e-7, times T² = 16.
         for name, value in expected.items():
-            assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+            assert found[name] == pytest.approx(value, rel=1e-4, abs=4e-6), name
 
     def test_takes_the_exported_file(self, distilled, capsys, tmp_path):
         said = printed(capsys, "export", distilled, tmp_path / "s.onnx")

@@ -85,6 +85,20 @@ class TestRun:
         with pytest.raises(InputError, match="has 4 classes but the images of 'digits' have 10"):
             run(f"--model timm/test_resnet --teacher {tmp_path / 'vit'}")
 
+    @pytest.mark.parametrize(
+        ("arguments", "metric", "greater"),
+        [
+            ("", "eval_loss", False),
+            ("--objective 2*ce", "eval_accuracy", True),
+            ("--objective ce+kl", "eval_loss", False),
+            ("--metric_for_best_model eval_agreement --save_strategy epoch", "eval_agreement", True),
+        ],
+    )
+    def test_the_best_epoch_is_chosen_by_what_is_trained_for(self, run, arguments, metric, greater):
+        training = run(f"--model timm/test_resnet {arguments}")["arguments"]["training"]
+        assert (training["metric_for_best_model"], training["greater_is_better"]) == (metric, greater)
+        assert training["load_best_model_at_end"] is True
+
     def test_all_quantization_arguments_reach_the_config(self, run):
         results = run(
             "--model timm/test_resnet --quantizer ewgs --weight_bits 3 --activation_bits none --first_last_bits none "
@@ -108,6 +122,12 @@ class TestBadInput:
             ("--model timm/test_resnet --quantizer lsqq", "Unknown quantizer 'lsqq'; registered: .* mean 'lsq'"),
             ("--model timm/test_resnet --dataset digit", "'digit'.*Did you mean 'digits'"),
             ("--model timm/test_resnet --overrides nonsense", "--overrides must be a JSON object, got 'nonsense'"),
+            (
+                "--model timm/test_resnet --save_strategy no",
+                "--save_strategy does not go with --validation_fraction 0.1",
+            ),
+            ("--model timm/test_resnet --load-best-model-at-end=false", "--load_best_model_at_end does not go with"),
+            ("--model timm/test_resnet --validation_fraction 0 --eval_strategy epoch", "fraction 0 holds out none"),
             ("--model timm/test_resnet --validation_fraction 1.5", "fraction must lie between 0 and 1"),
             (
                 "--model timm/test_resnet --modules_to_not_convert layr1",
