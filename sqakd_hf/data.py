@@ -107,7 +107,7 @@ def load_image_data(
 def split_holdout(
     dataset: "datasets.Dataset", fraction: float, seed: int, keep_labels: bool = False
 ) -> "tuple[datasets.Dataset, datasets.Dataset]":
-    """Split off a part of the training images for choosing a model without labels.
+    """Split off a part of the training images for choosing a model.
 
     Args:
         dataset (`datasets.Dataset`): Training images.

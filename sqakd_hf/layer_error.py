@@ -1,7 +1,7 @@
 """How far each quantized layer's output is from the same layer's in the teacher."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -14,7 +14,9 @@ from .trace import evaluating
 
 
 @torch.no_grad()
-def layer_sqnr(student: nn.Module, teacher: nn.Module, batches: Iterable[torch.Tensor]) -> dict[str, float]:
+def layer_sqnr(
+    student: nn.Module, teacher: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]]
+) -> dict[str, float]:
     """Return each quantized layer's signal-to-quantization-noise ratio, in the model's order.
 
     `10 · log10(Σ teacher² / Σ (teacher - student)²)`, in dB, over all elements of the layer's output: 20 dB are an
@@ -26,14 +28,15 @@ def layer_sqnr(student: nn.Module, teacher: nn.Module, batches: Iterable[torch.T
         student (`nn.Module`): A calibrated student.
         teacher (`nn.Module`): The model it was copied from, or another with the same weights by name and shape, on the
             same device.
-        batches (`Iterable[torch.Tensor]`): Images `(B, C, H, W)` on that device, as both take them. Both run in eval
-            mode; their own mode is restored.
+        batches (`Iterable`): Images `(B, C, H, W)` on that device, as both take them, or dicts with `pixel_values`
+            (and `pixel_mask`). Both run in eval mode; their own mode is restored.
     """
     names = list(quantized_layers(student)) if _shapes(student) == _shapes(teacher) else []
     sums: dict[str, torch.Tensor] = {}
     with evaluating(student), evaluating(teacher):
-        for images in batches:
-            expected, found = (_outputs(model, names, images) for model in (teacher, student))
+        for batch in batches:
+            inputs = batch if isinstance(batch, Mapping) else {"pixel_values": batch}
+            expected, found = (_outputs(model, names, inputs) for model in (teacher, student))
             for name in found.keys() & expected.keys():
                 wide = widest_float(expected[name].device)
                 signal, value = expected[name].to(wide), found[name].to(wide)
@@ -52,7 +55,7 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items() if not name.startswith(own or ("\0",))}
 
 
-def _outputs(model: nn.Module, names: Iterable[str], images: torch.Tensor) -> dict[str, torch.Tensor]:
+def _outputs(model: nn.Module, names: Iterable[str], inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Run a model and return what these modules put out, if that is one tensor and they were called once."""
     calls: dict[str, list] = {name: [] for name in names}
     handles = [
@@ -60,7 +63,7 @@ def _outputs(model: nn.Module, names: Iterable[str], images: torch.Tensor) -> di
         for name in names
     ]
     try:
-        run_model(model, {"pixel_values": images})
+        run_model(model, inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -159,12 +159,7 @@ class SQAKDTrainer(Trainer):
         args = SQAKDTrainingArguments() if args is None else args
         if not isinstance(args, SQAKDTrainingArguments):
             raise InputError(f"args must be SQAKDTrainingArguments, got {type(args).__name__}.")
-        if args.n_gpu > 1:
-            raise InputError(
-                f"This process sees {args.n_gpu} GPUs, which Trainer would use by nn.DataParallel; students do not "
-                "train with that. Start one process for each GPU, `accelerate launch` does it, or show this one a "
-                "single GPU: CUDA_VISIBLE_DEVICES=0."
-            )
+        args.check_devices()
         kwargs.setdefault("data_collator", ImageCollator())
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -382,7 +377,7 @@ class SQAKDTrainer(Trainer):
         if any(parameter.dtype != torch.float32 for parameter in teacher.parameters()):
             teacher = copy.deepcopy(teacher).float()
         with _same_random_numbers(self.args.seed):
-            batches = (batch["pixel_values"].to(self.args.device) for batch in self._sample(images))
+            batches = map(self._prepare_inputs, self._sample(images))
             self.layer_sqnr[self._measured_as] = layer_sqnr(self.model, teacher, batches)
         return self.layer_sqnr[self._measured_as]
 
@@ -609,7 +604,10 @@ class SQAKDTrainer(Trainer):
         return [name for name, parameter in model.named_parameters() if name in names and parameter.dim() > 1]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add to training logs the agreement with the teacher since the last one, and the share of frozen weights."""
+        """Add to training logs the agreement with the teacher since the last one, and the share of frozen weights.
+
+        To be called by all processes.
+        """
         for name, what in (("loss", "The loss"), ("grad_norm", "The gradient's norm")):
             # In fp16 the scaler skips steps whose gradient overflows.
             scaled = name == "grad_norm" and self.accelerator.mixed_precision == "fp16"

@@ -47,11 +47,11 @@ class SQAKDTrainingArguments(TrainingArguments):
         feature_layer (`str`, *optional*): The layer whose quantized input the term `squat` compares; by default the
             last block's last but one, see [`~sqakd_hf.features.find_lattice_layer`].
         delta_estimation_steps (`int`, *optional*, defaults to 0): Estimate each quantizer's `delta` anew every so many
-            optimizer steps, from three batches of training images and without labels, see
+            optimizer steps, from three batches of training images (drawn as for calibration), without labels, see
             [`~sqakd_hf.delta.estimate_delta`]; until the first time it is 0. By default `delta` is what the
             quantizer was given.
         reestimate_batch_norm (`int`, *optional*, defaults to 0): At the end of the training, replace BatchNorm's
-            running statistics by those of so many training images, drawn at random.
+            running statistics by those of so many training images, drawn as for calibration.
         freeze_batch_norm (`bool`, *optional*, defaults to `False`): Normalise by the teacher's running statistics and
             keep them: for training images of another kind than those that the student is for.
         oscillation_dampening (`float`, *optional*, defaults to 0.0): Weight, grown from 0 to this over the training,
@@ -128,6 +128,15 @@ class SQAKDTrainingArguments(TrainingArguments):
     output_field: str | None = field(
         default=None, metadata={"help": "Which output holds the class logits, for models with several heads."}
     )
+
+    def check_devices(self) -> None:
+        """Raise `InputError` where Trainer would copy the student to several GPUs in every step."""
+        if self.n_gpu > 1:
+            raise InputError(
+                f"This process sees {self.n_gpu} GPUs, which Trainer would use by nn.DataParallel; students do not "
+                "train with that. Start one process for each GPU, `accelerate launch` does it, or show this one a "
+                "single GPU: CUDA_VISIBLE_DEVICES=0."
+            )
 
     def __post_init__(self) -> None:
         super().__post_init__()

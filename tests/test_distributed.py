@@ -67,6 +67,8 @@ def test_processes_hold_the_same_bits(vit_runs):
     first, second = vit_runs["2 x 4"]
     assert_same_bits(first["state"], second["state"])
     assert_same_bits(first["calibrated"], second["calibrated"])
+    assert first["agreements"] == second["agreements"]  # logged of the images of both, not of each one's own
+    assert len(set(first["agreements"])) > 2
 
 
 def test_two_processes_that_resume_equal_two_that_went_on(tmp_path):
@@ -86,8 +88,6 @@ def test_batch_statistics_and_augmented_calibration_are_those_of_the_first_proce
     fresh = TinyConvNet().state_dict()
     assert not torch.equal(first["state"]["stem.1.running_mean"], fresh["stem.1.running_mean"])
     assert first["metrics"]["eval_loss"] == second["metrics"]["eval_loss"]
-    assert first["agreements"] == second["agreements"]  # logged of the images of both, not of each one's own
-    assert 0 < max(first["agreements"]) < 1
 
 
 def test_fsdp2_trains_and_packs_a_sharded_student_like_a_whole_one(tmp_path):

@@ -537,7 +537,7 @@ class TestBadInput:
     def test_several_gpus_in_one_process_are_refused(self, tmp_path):
         student, teacher = models()
         args = arguments(tmp_path)
-        assert args.n_gpu == 0  # known from here on
+        args.check_devices()
         args._n_gpu = 2
         with pytest.raises(InputError, match="sees 2 GPUs.*accelerate launch"):
             SQAKDTrainer(student, teacher, args, Images())

@@ -5,8 +5,8 @@
     accelerate launch -m sqakd_hf distill --model ...        # several processes, GPUs
 
 Without --teacher a teacher is fine-tuned first, by ordinary supervised training. Distillation itself never reads a
-label (unless --objective asks for it, to compare); labels of the test images, where they exist, only serve to report
-accuracy.
+label (unless --objective asks for it, to compare, or --metric_for_best_model for accuracy); labels of the test images,
+where they exist, only serve to report accuracy.
 """
 
 import argparse
@@ -81,7 +81,9 @@ class ScriptArguments:
     max_test_images: int | None = field(default=None, metadata={"help": "use so many test images"})
     validation_fraction: float = field(
         default=0.1,
-        metadata={"help": "share of the training images held out, unlabelled, to choose the best checkpoint; 0: none"},
+        metadata={
+            "help": "share of the training images held out to choose the best epoch, without their labels; 0: none"
+        },
     )
     teacher_from_scratch: bool = field(
         default=False, metadata={"help": "train the teacher from random weights, whatever weights there are"}
@@ -122,10 +124,18 @@ def main(argv: Sequence[str]) -> None:
     """Run the command."""
     kinds = (ScriptArguments, QuantizationArguments, DistillationArguments)
     parser = HfArgumentParser(
-        kinds, prog="sqakd distill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        kinds,
+        prog="sqakd distill",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    script, quantization, args = parser.parse_args_into_dataclasses(argv)
+    try:
+        script, quantization, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except ValueError as error:  # transformers' way to say that two arguments contradict each other
+        raise InputError(str(error)) from error
     set_up_logging(args)
+    args.check_devices()
     check_output_folder(script, args)
     choose_by_holdout(script, args, argv)
     try:
@@ -158,7 +168,11 @@ def choose_by_holdout(script: ScriptArguments, args: DistillationArguments, argv
                 "measured and saved after each epoch, and the best one kept. Pass --validation_fraction 0."
             )
         setattr(args, name, value)
-    if "metric_for_best_model" not in given:
+    if "metric_for_best_model" in given:
+        args.metric_for_best_model = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+    elif "greater_is_better" in given:
+        raise InputError("--greater_is_better is of a metric: pass --metric_for_best_model as well.")
+    else:
         terms = parse_objective(args.objective)
         by_labels = reads_labels(terms) and all(term.name != "kl" for term in terms)
         args.metric_for_best_model = "eval_accuracy" if by_labels else "eval_loss"
@@ -181,6 +195,11 @@ def distil(script: ScriptArguments, quantization: QuantizationArguments, args: D
     train, holdout = data.train, None
     if script.validation_fraction:
         by_labels = args.metric_for_best_model == "eval_accuracy"
+        if by_labels and data.class_names is None:
+            raise InputError(
+                f"The images of {script.dataset!r} have no labels to choose the best epoch by. Pass "
+                "--metric_for_best_model eval_loss (the divergence) or --validation_fraction 0."
+            )
         train, holdout = split_holdout(data.train, script.validation_fraction, args.seed, keep_labels=by_labels)
 
     set_seed(args.seed)

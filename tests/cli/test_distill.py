@@ -70,6 +70,8 @@ class TestRun:
 
         with pytest.raises(InputError, match="no labels to train a teacher with. Pass --teacher"):
             run(f"--model timm/test_resnet --dataset {flat}", output="refused")
+        with pytest.raises(InputError, match="no labels to choose the best epoch by"):
+            run(f"--model timm/test_resnet --dataset {flat} --objective ce", output="refused")
         assert not (tmp_path / "refused").exists()
 
         teacher = tmp_path / "first" / "teacher"
@@ -92,6 +94,7 @@ class TestRun:
             ("--objective 2*ce", "eval_accuracy", True),
             ("--objective ce+kl", "eval_loss", False),
             ("--metric_for_best_model eval_agreement --save_strategy epoch", "eval_agreement", True),
+            ("--metric_for_best_model accuracy", "eval_accuracy", True),
         ],
     )
     def test_the_best_epoch_is_chosen_by_what_is_trained_for(self, run, arguments, metric, greater):
@@ -128,6 +131,8 @@ class TestBadInput:
             ),
             ("--model timm/test_resnet --load-best-model-at-end=false", "--load_best_model_at_end does not go with"),
             ("--model timm/test_resnet --validation_fraction 0 --eval_strategy epoch", "fraction 0 holds out none"),
+            ("--model timm/test_resnet --greater_is_better true", "pass --metric_for_best_model as well"),
+            ("--model timm/test_resnet --lr_scheduler_type reduce_lr_on_plateau", "requires an eval strategy"),
             ("--model timm/test_resnet --validation_fraction 1.5", "fraction must lie between 0 and 1"),
             (
                 "--model timm/test_resnet --modules_to_not_convert layr1",
@@ -139,6 +144,12 @@ class TestBadInput:
     def test_it_is_one_sentence(self, run, arguments, message):
         with pytest.raises(InputError, match=message):
             run(arguments)
+
+    def test_several_gpus_in_one_process_are_refused_before_a_teacher_trains(self, run, tmp_path, monkeypatch):
+        monkeypatch.setattr(distill.DistillationArguments, "n_gpu", 2)
+        with pytest.raises(InputError, match="sees 2 GPUs"):
+            run("--model timm/test_resnet")
+        assert not (tmp_path / "output").exists()
 
     def test_an_output_folder_that_is_not_empty_is_kept(self, run, tmp_path):
         (tmp_path / "output").mkdir()
