@@ -853,18 +853,17 @@ def _read_deltas(checkpoint: str | None, estimates: int) -> dict[str, float]:
     if not checkpoint:
         return {}
     path = os.path.join(checkpoint, DELTAS_FILE)
-    exists = os.path.exists(path)
-    if exists and not estimates:
+    if not os.path.exists(path):
+        if estimates:
+            logger.warning(
+                "%s is of a training without delta_estimation_steps: delta is 0 until it is estimated.", checkpoint
+            )
+        return {}
+    if not estimates:
         logger.warning(
             "%s is of a training with delta_estimation_steps: without it, delta is the quantizers' own again.",
             checkpoint,
         )
-    if estimates and not exists:
-        logger.warning(
-            "%s is of a training without delta_estimation_steps: delta is 0 until it is estimated.", checkpoint
-        )
-    if not exists:
-        return {}
     with open(path, encoding="utf-8") as file:
         return json.load(file)
 

@@ -43,6 +43,20 @@ def outputs_of(model, name, images):
     return found[0].double()
 
 
+class Masked(nn.Module):
+    """Keeps the masks that it is given, but for the run by which it was quantized."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.masks = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), []
+
+    def forward(self, pixel_values, pixel_mask=None):
+        if pixel_mask is not None:
+            self.masks.append(pixel_mask)
+            pixel_values = pixel_values * pixel_mask[:, None]
+        return self.last(self.first(pixel_values).mean((2, 3)))
+
+
 class TestLayerSQNR:
     def test_is_the_ratio_of_the_sums_of_squares_in_decibel(self):
         teacher, student, images = pair()
@@ -85,6 +99,17 @@ class TestLayerSQNR:
         student.save_pretrained(tmp_path)
         found = layer_sqnr(AutoModelForImageClassification.from_pretrained(tmp_path), teacher, [images])
         assert found == pytest.approx(expected, abs=1e-3) and expected
+
+    def test_masks_reach_the_model_as_they_do_in_calibration(self):
+        torch.manual_seed(0)
+        teacher, images = Masked(), torch.randn(8, 3, 32, 32)
+        student = copy.deepcopy(teacher)
+        quantize_model(student, QuantizationConfig(), images)
+        batch = {"pixel_values": images, "pixel_mask": torch.rand(8, 32, 32) > 0.5, "labels": torch.zeros(8)}
+        calibrate_model(student, [batch], disable_progress=True)
+        assert layer_sqnr(student, teacher, [batch])
+        assert all(torch.equal(mask, batch["pixel_mask"]) for mask in student.masks + teacher.masks)
+        assert len(student.masks) > 1 and len(teacher.masks) == 1
 
     def test_what_is_not_finite_is_left_out(self):
         teacher, student, images = pair()
