@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import os
-import random
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from .errors import InputError, reason
 from .packing import checksum
+from .repeatable import fetch, own_random_numbers
 
 
 # What collators and the trainer call them; no dataset has such a column of its own.
@@ -43,8 +43,7 @@ class TeacherLogits(Dataset):
         return {**self.dataset[index], LOGITS: self._row(index)}
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        read = getattr(self.dataset, "__getitems__", None)
-        items = [self.dataset[index] for index in indices] if read is None else read(indices)
+        items = fetch(self.dataset, indices)
         return [{**item, LOGITS: self._row(index)} for item, index in zip(items, indices, strict=True)]
 
     def _row(self, index: int) -> torch.Tensor:
@@ -160,7 +159,7 @@ def _writing_to(path: str) -> Iterator[None]:
 
 def _first_images(dataset: Dataset, collate: Callable[[list[Any]], Mapping[str, torch.Tensor]]) -> torch.Tensor:
     """Return the first images as a batch, or raise `InputError` if they are others when they are drawn again."""
-    with _own_random_state():
+    with own_random_numbers(0):
         first, second = (
             collate([dataset[index] for index in range(min(_CHECKED, len(dataset)))])["pixel_values"] for _ in range(2)
         )
@@ -170,15 +169,3 @@ def _first_images(dataset: Dataset, collate: Callable[[list[Any]], Mapping[str, 
             "random: turn the augmentation off, or leave the cache out."
         )
     return first
-
-
-@contextlib.contextmanager
-def _own_random_state() -> Iterator[None]:
-    """Leave the generators of Python, NumPy and torch as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

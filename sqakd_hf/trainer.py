@@ -7,12 +7,10 @@ import json
 import logging
 import math
 import os
-import random
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import count, islice
 from typing import Any, NoReturn
 
-import numpy as np
 import safetensors.torch
 import torch
 from accelerate.utils import DynamoBackend
@@ -61,6 +59,7 @@ from .push import upload_errors, weight_bytes
 from .quantizers import FakeQuantizer
 from .recompute import recompute_quantized
 from .record import TrainingRecord
+from .repeatable import RepeatableImages, own_random_numbers
 from .report import plot_learning_curve
 from .stream import EndlessStream
 from .teacher import TEACHER_DTYPES, Teacher
@@ -176,6 +175,7 @@ class SQAKDTrainer(Trainer):
         self._objective = parse_objective(args.objective)
         self._feature_terms: Features | None = None
         self._deltas_of_step = 0
+        self.add_callback(_AtEpochBegin(self._begin_epoch))
         self._freezer: OscillationFreezer | None = None
         if args.oscillation_freezing:
             self.add_callback(_AfterOptimizerStep(lambda progress: self._freezer.step(progress)))
@@ -299,7 +299,10 @@ class SQAKDTrainer(Trainer):
 
     @contextlib.contextmanager
     def _images_as_trained(self) -> Iterator[None]:
-        """Let images bring their teacher's logits if `cache_teacher_logits` says so, and let streams never end."""
+        """Let images bring their teacher's logits if `cache_teacher_logits` says so, and let streams never end.
+
+        Both are augmented by random numbers that a resumed run draws as well.
+        """
         images = self.train_dataset
         if self.args.cache_teacher_logits is not None:
             self.train_dataset = cache_teacher_logits(
@@ -314,11 +317,17 @@ class SQAKDTrainer(Trainer):
                 disable_progress=self.args.disable_tqdm or not self.is_world_process_zero(),
             )
         elif isinstance(images, IterableDataset) and not has_length(images):
-            self.train_dataset = EndlessStream(images)
+            self.train_dataset = EndlessStream(images, self.args.seed)
+        if not isinstance(images, IterableDataset):
+            self.train_dataset = RepeatableImages(self.train_dataset, self.args.seed)
         try:
             yield
         finally:
             self.train_dataset = images
+
+    def _begin_epoch(self, epoch: int) -> None:
+        if isinstance(self.train_dataset, RepeatableImages):
+            self.train_dataset.set_epoch(epoch)
 
     def _logits_to_cache(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         prediction = self.teacher_prediction(self._prepare_inputs(batch))
@@ -335,8 +344,7 @@ class SQAKDTrainer(Trainer):
     def calibrate(self) -> None:
         """Set the student's ranges by [`calibrate_model`], from `args.calibration_images` of the training images.
 
-        Every process reads the same images and takes the ranges of the first, which differ where images are augmented
-        at random.
+        Every process reads the same images and takes the ranges of the first.
         """
         if self.train_dataset is None:
             raise InputError("Calibration needs images: pass train_dataset, or call calibrate_model yourself.")
@@ -358,8 +366,7 @@ class SQAKDTrainer(Trainer):
         """Return how far each layer's output is from the teacher's, in dB, and keep it for the report.
 
         See [`~sqakd_hf.layer_error.layer_sqnr`]. It is empty where the teacher is of another architecture, where there
-        are several, and for a student that is sharded over processes. Random augmentation draws the same numbers each
-        time, and training's random numbers stay what they are.
+        are several, and for a student that is sharded over processes.
 
         Args:
             images (`int`, *optional*, defaults to 64): So many of the training images, at least 2.
@@ -376,9 +383,8 @@ class SQAKDTrainer(Trainer):
         teacher = self.teacher.models[0]
         if any(parameter.dtype != torch.float32 for parameter in teacher.parameters()):
             teacher = copy.deepcopy(teacher).float()
-        with _same_random_numbers(self.args.seed):
-            batches = map(self._prepare_inputs, self._sample(images))
-            self.layer_sqnr[self._measured_as] = layer_sqnr(self.model, teacher, batches)
+        batches = map(self._prepare_inputs, self._sample(images))
+        self.layer_sqnr[self._measured_as] = layer_sqnr(self.model, teacher, batches)
         return self.layer_sqnr[self._measured_as]
 
     @torch.no_grad()
@@ -397,8 +403,8 @@ class SQAKDTrainer(Trainer):
     def _sample(self, total: int, batch: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
         """Yield `total` training images, without labels, in batches of at least 32 or of the size that is given.
 
-        They are drawn at random, the same in every process and each time: the first of a folder are all of one class.
-        A stream has no others than its first.
+        They are drawn and augmented at random, in every process and each time in the same way: the first of a folder
+        are all of one class. A stream has no others than its first.
         """
         dataset, batch = self.train_dataset, batch or max(self.args.train_batch_size, 32)
         if isinstance(dataset, IterableDataset):
@@ -406,10 +412,13 @@ class SQAKDTrainer(Trainer):
         else:
             order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.args.seed))
             images = map(dataset.__getitem__, order[:total].tolist())
-        while features := list(islice(images, batch)):
-            if len(features) > 1:  # batch statistics need two images
+        for number in count():
+            with own_random_numbers(self.args.seed, number):
+                features = list(islice(images, batch))
+                if len(features) < 2:  # of one image there are no batch statistics
+                    return
                 collated = self.data_collator(features)
-                yield {name: tensor for name, tensor in collated.items() if name != "labels"}
+            yield {name: tensor for name, tensor in collated.items() if name != "labels"}
 
     def compute_loss(
         self,
@@ -876,6 +885,18 @@ def _load_freezer(freezer: OscillationFreezer, folder: str) -> None:
         logger.warning("%s is of a training without oscillation_freezing: no weight is frozen yet.", folder)
 
 
+class _AtEpochBegin(TrainerCallback):
+    """Calls a function with the number of each epoch that begins, or that a resumed run goes on with."""
+
+    def __init__(self, act: Callable[[int], None]) -> None:
+        self._act = act
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._act(int(state.epoch))
+
+
 class _AfterOptimizerStep(TrainerCallback):
     """Calls a function with the share of the training that is done, after each step of the optimizer."""
 
@@ -924,21 +945,6 @@ def _listed(names: str | list[str] | None) -> list[str]:
 
 def _agreement(student: Prediction, teacher: Prediction, mask: torch.Tensor | None) -> torch.Tensor:
     return masked_mean((student.classes() == teacher.classes()).float(), mask, "none")
-
-
-@contextlib.contextmanager
-def _same_random_numbers(seed: int) -> Iterator[None]:
-    """Context in which images are augmented by the same random numbers each time, and nobody else's are used up."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.default_generator.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 class _RunningMean:

@@ -6,15 +6,17 @@ The kill test kills six times; `SQAKD_KILLS=50` kills fifty times.
 import copy
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoModelForImageClassification
 
 from sqakd_hf import (
@@ -55,10 +57,14 @@ def make_trainer(folder, build, size, **options):
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
-        per_device_train_batch_size=8,
-        save_strategy="steps",
         save_steps=2,
-        **{"max_steps": 6, "learning_rate": 1e-2, **options},
+        **{
+            "max_steps": 6,
+            "learning_rate": 1e-2,
+            "per_device_train_batch_size": 8,
+            "save_strategy": "steps",
+            **options,
+        },
     )
     return SQAKDTrainer(student, teacher, args, data, data[:8])
 
@@ -136,6 +142,77 @@ def test_the_gathered_state_of_a_spread_model_is_what_gets_packed(tmp_path):
     assert torch.equal(loaded(images).logits, other.model.eval()(images).logits)
 
 
+def augmented(image):
+    """Return the image with noise of the three generators that augmentation draws from."""
+    return image + 0.3 * (torch.randn(3, 1, 1) + random.random() - np.random.rand()).float()
+
+
+class Augmented(Dataset):
+    """32 images, augmented at random."""
+
+    def __init__(self, size):
+        self.images = torch.randn(32, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return {"pixel_values": augmented(self.images[index])}
+
+
+class TestAugmentation:
+    """Law 4 for images that are augmented at random."""
+
+    @MODELS
+    @pytest.mark.parametrize("step", [2, 4, 6], ids=["in an epoch", "between epochs", "in the next epoch"])
+    def test_a_resumed_run_draws_the_same_augmentation(self, tmp_path, build, size, step):
+        models = []
+        for resume in (None, str(tmp_path / f"checkpoint-{step}")):
+            trainer = make_trainer(tmp_path, build, size, max_steps=8)
+            trainer.train_dataset = Augmented(size)
+            trainer.train(resume)
+            models.append(trainer.model.state_dict())
+        assert [name for name in models[0] if not torch.equal(models[0][name], models[1][name])] == []
+
+    def test_workers_that_live_on_draw_what_one_process_draws(self, tmp_path):
+        models = []
+        for workers in ({}, {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}):
+            trainer = make_trainer(tmp_path, tiny_vit, 16, max_steps=8, **workers)
+            trainer.train_dataset = Augmented(16)
+            trainer.train()
+            models.append(trainer.model.state_dict())
+        assert [name for name in models[0] if not torch.equal(models[0][name], models[1][name])] == []
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_every_epoch_and_every_seed_draws_other_augmentation(self, tmp_path, workers):
+        drawn = {}
+        for seed in (0, 1):
+            trainer = make_trainer(
+                tmp_path,
+                tiny_vit,
+                16,
+                seed=seed,
+                max_steps=2,
+                per_device_train_batch_size=32,  # an epoch is one batch, of all images
+                dataloader_num_workers=workers,
+                dataloader_persistent_workers=workers > 0,
+                save_strategy="no",
+            )
+            trainer.train_dataset = Augmented(16)
+            step, drawn[seed] = trainer.training_step, []
+
+            def keep(model, inputs, *args, step=step, seen=drawn[seed]):
+                seen.append(inputs["pixel_values"].flatten().sort().values)
+                return step(model, inputs, *args)
+
+            trainer.training_step = keep
+            trainer.train()
+        batches = drawn[0] + drawn[1]
+        assert len(batches) == 4
+        for index, batch in enumerate(batches):
+            assert not any(torch.allclose(batch, other) for other in batches[:index])
+
+
 class Shuffled(IterableDataset):
     """A stream of 20 images, in another order in each pass."""
 
@@ -157,8 +234,12 @@ def hub_stream():
     return data.with_format("torch").to_iterable_dataset(num_shards=2).shuffle(seed=0, buffer_size=8)
 
 
+def augmented_stream():
+    return hub_stream().map(lambda item: {"pixel_values": augmented(item["pixel_values"])})
+
+
 class TestStreams:
-    @pytest.mark.parametrize("stream", [Shuffled, hub_stream])
+    @pytest.mark.parametrize("stream", [Shuffled, hub_stream, augmented_stream])
     @pytest.mark.parametrize("step", [2, 6, 8], ids=["first pass", "third pass", "fourth pass"])
     def test_a_resumed_run_finds_its_place_in_any_pass(self, tmp_path, stream, step):
         models = []

@@ -15,7 +15,7 @@ import sqakd_hf
 ROOT = Path(sqakd_hf.__file__).parent
 # A module imports from lower layers only; the modules of the package `quantizers` count as one.
 LAYERS = [
-    {"errors", "functional", "hub", "recompute", "timing"},
+    {"errors", "functional", "hub", "recompute", "repeatable", "timing"},
     {"losses", "feature_losses", "quantizers", "packing", "checkpoint", "models", "stream"},
     {"metrics", "layers", "configuration", "outputs", "teacher_cache", "record"},
     {"standardized", "multihead", "interception", "teacher", "collator", "accumulation", "oscillation"},
@@ -189,7 +189,7 @@ class TestImport:
     def test_loads_the_rest_on_first_use(self, fresh):
         before, after = (set(json.loads(line)) for line in fresh.stdout.splitlines())
         loaded = {name for name in after - before if name.startswith("sqakd_hf")}
-        assert loaded == {"sqakd_hf.collator", "sqakd_hf.teacher_cache"}
+        assert loaded == {"sqakd_hf.collator", "sqakd_hf.teacher_cache", "sqakd_hf.repeatable"}
         assert not {"sqakd_hf.data", "sqakd_hf.modeling", "sqakd_hf.trainer"} & after
 
 
