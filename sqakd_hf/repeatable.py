@@ -12,8 +12,13 @@ from torch.utils.data import Dataset
 
 
 @contextlib.contextmanager
-def own_random_numbers(*numbers: int) -> Iterator[None]:
-    """Context in which Python, NumPy and torch (on the CPU) draw what `numbers` decide, and nobody else's are used up.
+def own_random_numbers(*key: object) -> Iterator[None]:
+    """Context in which Python, NumPy and torch (on the CPU) draw what `key` decides, and nobody else's are used up.
+
+    These are their global generators. A generator that somebody made for himself is not concerned.
+
+    Args:
+        *key (`object`): Told apart by their `repr`.
 
     Examples:
         >>> with own_random_numbers(0, 3):
@@ -22,7 +27,7 @@ def own_random_numbers(*numbers: int) -> Iterator[None]:
         ...     print(torch.equal(torch.rand(4), first))
         True
     """
-    digest = hashlib.blake2b(np.array(numbers, dtype=np.int64).tobytes(), digest_size=4).digest()
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()
     seed = int.from_bytes(digest, "little")
     states = random.getstate(), np.random.get_state()
     try:
@@ -46,7 +51,8 @@ class RepeatableImages(Dataset):
     """A dataset whose batches are augmented by random numbers of a seed, the epoch and the batch's indices alone.
 
     They do not depend on what the process, or a worker of the loader, has drawn before. That holds for augmentation
-    that draws from the generators of Python, NumPy or torch, and for loaders, which read a batch at once.
+    that draws from the global generators of Python, NumPy or torch, and for loaders, which read a batch at once. The
+    same batch in the same epoch is augmented in the same way: when `train` is called once more, too.
 
     Args:
         dataset (`Dataset`): With a length.
@@ -60,7 +66,7 @@ class RepeatableImages(Dataset):
         >>> first = images.__getitems__([3, 5])
         >>> images.__getitems__([3, 5]) == first
         True
-        >>> images.set_epoch(1)
+        >>> images.begin_epoch(1)
         >>> images.__getitems__([3, 5]) == first
         False
     """
@@ -70,8 +76,13 @@ class RepeatableImages(Dataset):
         # Shared, so that workers that live on see the next epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
-    def set_epoch(self, epoch: int) -> None:
+    def begin_epoch(self, epoch: int) -> None:
         self._epoch.fill_(epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the dataset, if it wants to know; any loader that begins does that, with an epoch of its own."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.dataset)

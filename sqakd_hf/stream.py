@@ -14,8 +14,8 @@ class EndlessStream(IterableDataset):
     """The passes of a stream one after the other, each with `set_epoch` of its number where the stream has that.
 
     Trainer counts the batches that a resumed run has to skip from the beginning of one pass: of a stream whose length
-    nobody knows, it would skip the first pass and take the others from their start. Items are augmented by random
-    numbers of the seed, the pass, the place in it and the loader's worker alone.
+    nobody knows, it would skip the first pass and take the others from their start. Passes are shuffled, and items
+    augmented, by random numbers of the seed, the pass, the place in it and the loader's worker alone.
 
     Args:
         stream (`IterableDataset`): Without a length.
@@ -43,9 +43,11 @@ class EndlessStream(IterableDataset):
 
     def _pass(self, number: int) -> Iterator[Any]:
         worker = get_worker_info()
-        items = iter(self.stream)
+        key = self.seed, worker.id if worker else 0, number
+        with own_random_numbers(*key):
+            items = iter(self.stream)
         for position in count():
-            with own_random_numbers(self.seed, worker.id if worker else 0, number, position):
+            with own_random_numbers(*key, position):
                 try:
                     item = next(items)
                 except StopIteration:

@@ -301,7 +301,7 @@ class SQAKDTrainer(Trainer):
     def _images_as_trained(self) -> Iterator[None]:
         """Let images bring their teacher's logits if `cache_teacher_logits` says so, and let streams never end.
 
-        Both are augmented by random numbers that a resumed run draws as well.
+        What is augmented at random draws numbers that a resumed run draws as well.
         """
         images = self.train_dataset
         if self.args.cache_teacher_logits is not None:
@@ -318,8 +318,8 @@ class SQAKDTrainer(Trainer):
             )
         elif isinstance(images, IterableDataset) and not has_length(images):
             self.train_dataset = EndlessStream(images, self.args.seed)
-        if not isinstance(images, IterableDataset):
-            self.train_dataset = RepeatableImages(self.train_dataset, self.args.seed)
+        elif images is not None and not isinstance(images, IterableDataset):
+            self.train_dataset = RepeatableImages(images, self.args.seed)
         try:
             yield
         finally:
@@ -327,7 +327,7 @@ class SQAKDTrainer(Trainer):
 
     def _begin_epoch(self, epoch: int) -> None:
         if isinstance(self.train_dataset, RepeatableImages):
-            self.train_dataset.set_epoch(epoch)
+            self.train_dataset.begin_epoch(epoch)
 
     def _logits_to_cache(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         prediction = self.teacher_prediction(self._prepare_inputs(batch))
@@ -408,7 +408,8 @@ class SQAKDTrainer(Trainer):
         """
         dataset, batch = self.train_dataset, batch or max(self.args.train_batch_size, 32)
         if isinstance(dataset, IterableDataset):
-            images = islice(dataset, total)
+            with own_random_numbers(self.args.seed):
+                images = islice(dataset, total)
         else:
             order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.args.seed))
             images = map(dataset.__getitem__, order[:total].tolist())
@@ -536,7 +537,7 @@ class SQAKDTrainer(Trainer):
         values = torch.tensor(
             [found.get(quantizer, 0.0) for quantizer in quantizers(self.model)], device=self.args.device
         )
-        if self.args.world_size > 1:  # each process has images of its own where they are augmented
+        if self.args.world_size > 1:  # sums may differ between devices
             torch.distributed.broadcast(values, src=0)
         self._set_deltas(dict(zip(_quantizer_names(self.model), values.tolist(), strict=True)))
         self._deltas_of_step = self.state.global_step

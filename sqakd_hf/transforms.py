@@ -39,8 +39,8 @@ class ImageTransform:
         std (`Sequence[float]`): Standard deviation of each channel in the same units.
         crop_pct (`float`, *optional*, defaults to 1.0): Side of the centre crop over the shorter side of the image.
         interpolation (`str`, *optional*, defaults to `"bicubic"`): A `torchvision.transforms.InterpolationMode`.
-        augment (`str`, *optional*, defaults to `"none"`): Drawn from torch's global generator, which `SQAKDTrainer`
-            seeds for each batch that it trains on.
+        augment (`str`, *optional*, defaults to `"none"`): Drawn from torch's global generator, which
+            `SQAKDTrainer` seeds anew for what it reads.
             - `"none"`: shorter side to `round(size / crop_pct)`, centre crop.
             - `"crop"`: shorter side to `size`, pad by `size // 8` (mirrored), random crop.
             - `"crop-flip"`: the same, and a horizontal flip with probability 0.5.

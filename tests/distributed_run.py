@@ -19,7 +19,7 @@ RANK = int(os.environ.get("RANK", 0))
 
 
 class Images(torch.utils.data.Dataset):
-    """Seeded noise; with `augmented`, other noise in every process, as a random augmentation gives."""
+    """Seeded noise; with `augmented`, other noise in every process, as a generator of a dataset's own gives."""
 
     def __init__(self, count: int, augmented: bool = False):
         self.pixels = torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(3))

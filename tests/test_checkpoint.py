@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, SequentialSampler
 from transformers import AutoModelForImageClassification
 
 from sqakd_hf import (
@@ -183,6 +183,20 @@ class TestAugmentation:
             models.append(trainer.model.state_dict())
         assert [name for name in models[0] if not torch.equal(models[0][name], models[1][name])] == []
 
+    def test_a_dataset_is_told_the_epoch(self, tmp_path):
+        class Told(Augmented):
+            def __init__(self):
+                super().__init__(16)
+                self.epochs = []
+
+            def set_epoch(self, epoch):
+                self.epochs.append(epoch)
+
+        trainer = make_trainer(tmp_path, tiny_vit, 16, max_steps=8)
+        trainer.train_dataset = Told()
+        trainer.train()
+        assert sorted(set(trainer.train_dataset.epochs)) == [0, 1]
+
     @pytest.mark.parametrize("workers", [0, 2])
     def test_every_epoch_and_every_seed_draws_other_augmentation(self, tmp_path, workers):
         drawn = {}
@@ -199,10 +213,11 @@ class TestAugmentation:
                 save_strategy="no",
             )
             trainer.train_dataset = Augmented(16)
+            trainer._get_train_sampler = SequentialSampler  # or another order would be other numbers already
             step, drawn[seed] = trainer.training_step, []
 
             def keep(model, inputs, *args, step=step, seen=drawn[seed]):
-                seen.append(inputs["pixel_values"].flatten().sort().values)
+                seen.append(inputs["pixel_values"])
                 return step(model, inputs, *args)
 
             trainer.training_step = keep
@@ -238,13 +253,27 @@ def augmented_stream():
     return hub_stream().map(lambda item: {"pixel_values": augmented(item["pixel_values"])})
 
 
+class ShuffledByTheProcess(Shuffled):
+    """In an order, and with noise, of the process's own generators."""
+
+    def __iter__(self):
+        images = torch.randn(20, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+        order = torch.randperm(20).tolist()
+        return ({"pixel_values": augmented(images[i])} for i in order)
+
+
+def draw(*_):
+    torch.rand(1)
+
+
 class TestStreams:
-    @pytest.mark.parametrize("stream", [Shuffled, hub_stream, augmented_stream])
+    @pytest.mark.parametrize("stream", [Shuffled, hub_stream, augmented_stream, ShuffledByTheProcess])
     @pytest.mark.parametrize("step", [2, 6, 8], ids=["first pass", "third pass", "fourth pass"])
     def test_a_resumed_run_finds_its_place_in_any_pass(self, tmp_path, stream, step):
         models = []
         for resume in (None, str(tmp_path / f"checkpoint-{step}")):
             trainer = make_trainer(tmp_path, tiny_vit, 16, max_steps=10)
+            trainer.model.register_forward_pre_hook(draw)  # as dropout draws
             trainer.train_dataset = stream()
             trainer.train(resume)
             models.append(trainer.model.state_dict())

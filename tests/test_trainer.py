@@ -469,7 +469,10 @@ class TestSaving:
             trainer.calibrate()
             if measures:
                 before = trainer.measure_layers(8)
+                drawn = torch.randn(1), random.random(), np.random.rand()
                 assert trainer.measure_layers(8) == before
+                transformers.set_seed(5)  # and nothing was drawn since it was set first
+                assert (torch.randn(1), random.random(), np.random.rand()) == drawn
             trainer.train()
             trained.append(student)
         assert_same_state(*trained)
