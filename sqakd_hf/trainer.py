@@ -366,7 +366,8 @@ class SQAKDTrainer(Trainer):
         """Return how far each layer's output is from the teacher's, in dB, and keep it for the report.
 
         See [`~sqakd_hf.layer_error.layer_sqnr`]. It is empty where the teacher is of another architecture, where there
-        are several, and for a student that is sharded over processes.
+        are several, and for a student that is sharded over processes. Images are the same each time, also as they are
+        augmented, and training's random numbers stay what they are.
 
         Args:
             images (`int`, *optional*, defaults to 64): So many of the training images, at least 2.
