@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from .hub import hub_is_reachable
 from .objective import parse_objective, reads_labels
 from .plan import QuantizationPlan, bits_of
-from .report import ROWS
+from .report import image_count, kept_calibrated, titled_rows
 
 
 TAGS = ("sqakd", "sqakd_hf", "quantization", "quantization-aware-training", "knowledge-distillation")
@@ -19,6 +19,10 @@ _METRICS = (
     ("accuracy", "accuracy", "{:.2%}"),
     ("agreement", "agreement with the teacher", "{:.2%}"),
     ("kl", "divergence (T² · KL)", "{:.4f}"),
+)
+_CALIBRATED = (
+    "calibrated on images without labels. A training by [SQAKD](https://arxiv.org/abs/2403.11106) was tried; no step "
+    "of it was better on held-out images, so that this is the student before its first step."
 )
 _LOAD = """\
 import sqakd_hf  # registers the format: without it, loading stops with an error
@@ -90,7 +94,8 @@ def model_card(
     images = dataset_name or ", ".join(datasets) or None
     sections = [
         f"---\n{data.to_yaml()}\n---\n\n# {name}",
-        f"{origin} with {bits} weights and activations (bits of most of its weights), trained {_method(objective)}",
+        f"{origin} with {bits} weights and activations (bits of most of its weights), "
+        + (_CALIBRATED if kept_calibrated(results) else f"trained {_method(objective)}"),
         f"## Load it\n\n```bash\npip install sqakd_hf\n```\n\n```python\n{snippet}```",
         "## Results\n\n" + _results(results, images) + _files(learning_curve, report),
         "## Size\n\n" + _size(model, stored_bytes),
@@ -104,10 +109,10 @@ def _results(results: Mapping[str, Mapping[str, float | None]] | None, dataset: 
     if not results:
         return "Not measured in the run that wrote this card."
     rows = [["", *(title for _, title, _ in _METRICS), "images"]]
-    for key, title in ROWS:
+    for key, title in titled_rows(results):
         row = results.get(key, {})
         cells = [form.format(row[name]) if row.get(name) is not None else "-" for name, _, form in _METRICS]
-        rows.append([title, *cells, f"{row['images']:,}" if row.get("images") else "-"])
+        rows.append([title, *cells, image_count(row)])
     where = f" on images of {dataset}" if dataset else ""
     return f"Measured by the run that trained this student{where}; `-`: not measured.\n\n{_table(rows)}"
 

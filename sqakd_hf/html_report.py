@@ -12,7 +12,7 @@ from torch import nn
 from .convert import is_calibrated, quantized_layers
 from .plan import LayerPlan, QuantizationPlan, bits_of
 from .record import TrainingRecord
-from .report import ROWS, plot_learning_curve, plot_trade_off
+from .report import image_count, plot_learning_curve, plot_trade_off, titled_rows
 
 
 _STYLE = """\
@@ -97,13 +97,12 @@ def _results(results: Mapping[str, Mapping[str, Any]], plan: QuantizationPlan) -
     if not results:
         return _note("Not measured by a training that is known here.")
     rows = []
-    for key, title in ROWS:
+    for key, title in titled_rows(results):
         row = results.get(key, {})
         shares = [_share(row.get(metric)) for metric in ("accuracy", "agreement")]
         divergence = "-" if row.get("kl") is None else f"{row['kl']:.4f}"
-        images = f"{row['images']:,}" if row.get("images") else "-"
         size = plan.float_bytes() if key == "teacher" else plan.weight_bytes()
-        rows.append((title, *shares, divergence, images, f"{size:,}"))
+        rows.append((title, *shares, divergence, image_count(row), f"{size:,}"))
     head = ("", "accuracy", "agreement with the teacher", "divergence (T² · KL)", "images", "bytes of weights")
     return _table(head, rows) + _note("- : not measured.")
 
@@ -124,9 +123,10 @@ def _trade_off(
     metric = next((name for name in ("accuracy", "agreement") if _measured(results, name)), None)
     if metric is None:
         return _latency_table(latency) if latency else _note("Neither accuracy nor speed is known here.")
-    quality = {key: results[key][metric] for key, _ in ROWS if results.get(key, {}).get(metric) is not None}
+    titles = dict(titled_rows(results))
+    quality = {key: results[key][metric] for key in titles if results.get(key, {}).get(metric) is not None}
     bytes_of = {"teacher": plan.float_bytes(), "calibrated": plan.weight_bytes(), "student": plan.weight_bytes()}
-    sizes = [(title, bytes_of[key], quality[key]) for key, title in ROWS if key in quality]
+    sizes = [(title, bytes_of[key], quality[key]) for key, title in titles.items() if key in quality]
     times = []
     for each in () if latency is None else latency["latencies"]:
         key = "teacher" if each["what"] == "float32" else "student"

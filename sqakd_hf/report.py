@@ -14,6 +14,24 @@ if TYPE_CHECKING:
 
 # What a run compares, and how people read it.
 ROWS = (("teacher", "teacher"), ("calibrated", "calibrated only"), ("student", "distilled student"))
+KEPT_CALIBRATED = "student, as calibrated"  # in the place of the last, where no step of the training was better
+
+
+def kept_calibrated(results: Mapping[str, Mapping[str, Any]] | None) -> bool:
+    """Tell whether the student that was measured is the one before the first step of its training."""
+    return ((results or {}).get("student") or {}).get("step") == 0
+
+
+def titled_rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Return what a run compared, and what people call it."""
+    return [(key, KEPT_CALIBRATED if key == "student" and kept_calibrated(results) else title) for key, title in ROWS]
+
+
+def image_count(row: Mapping[str, Any]) -> str:
+    """Return how many images a row was measured on, and which, as `"359 (test)"`."""
+    if not row.get("images"):
+        return "-"
+    return f"{row['images']:,}" + (f" ({row['set']})" if row.get("set") else "")
 
 
 def results_table(results: Mapping[str, Mapping[str, float | None]], plan: QuantizationPlan) -> str:
@@ -21,11 +39,12 @@ def results_table(results: Mapping[str, Mapping[str, float | None]], plan: Quant
 
     Args:
         results (`Mapping`): `teacher`, `calibrated` and `student`, each with `accuracy`, `agreement` (shares in
-            [0, 1]) and `kl`; a value that was not measured is `None`.
+            [0, 1]) and `kl`; a value that was not measured is `None`. A `step` of 0 says that the student is the
+            calibrated one.
         plan (`QuantizationPlan`): The student's plan, for its bits and the bytes of its weights.
     """
     rows = [("", "accuracy", "agreement", "KL", "bits", "weight bytes")]
-    for key, title in ROWS:
+    for key, title in titled_rows(results):
         bits, size = ("float", plan.float_bytes()) if key == "teacher" else (plan.bits(), plan.weight_bytes())
         metrics = results[key]
         shares = [_cell(metrics[name], "{:.2%}") for name in ("accuracy", "agreement")]

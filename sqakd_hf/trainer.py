@@ -44,6 +44,7 @@ from .hub import hub_id
 from .interception import InterceptedModule
 from .layer_error import layer_sqnr
 from .losses import box_loss, check_same_classes, distillation_loss, masked_mean
+from .measurements import Measurements
 from .modeling import load_teacher, num_classes, processor_of
 from .non_finite import (
     NonFiniteError,
@@ -174,8 +175,9 @@ class SQAKDTrainer(Trainer):
         )
         self._objective = parse_objective(args.objective)
         self._feature_terms: Features | None = None
+        self._frozen_norms: list[nn.Module] = []
         self._deltas_of_step = 0
-        self.add_callback(_AtEpochBegin(self._begin_epoch))
+        self.add_callback(_AtBegin(self._add_first_candidate, self._begin_epoch))
         self._freezer: OscillationFreezer | None = None
         if args.oscillation_freezing:
             self.add_callback(_AfterOptimizerStep(lambda progress: self._freezer.step(progress)))
@@ -183,8 +185,7 @@ class SQAKDTrainer(Trainer):
         self._stage: int | None = None
         self._agreement = _RunningMean()
         self._evaluated: dict[str, _RunningMean] = {}
-        # What `evaluate` measured: teacher, student, and the student before its first step.
-        self.results: dict[str, dict[str, float | None]] = {}
+        self._measurements = Measurements()
         self.layer_sqnr: dict[str, dict[str, float]] = {}
         self._calibrated = False
         self._format = "packed"
@@ -237,6 +238,13 @@ class SQAKDTrainer(Trainer):
             self.calibrate()
         self.model.train()  # a student loaded from codes becomes latent before it is spread over devices
         self._check_options()
+        if not resume_from_checkpoint:
+            self._measurements.begin_training()
+        if not self._chooses_best:
+            logger.warning(
+                "No held-out images compare the trained student with the calibrated one: the trained one is kept, "
+                "whatever it lost. Pass eval_dataset, load_best_model_at_end=True, eval_strategy and save_strategy."
+            )
         deltas = _read_deltas(resume_from_checkpoint, self.args.delta_estimation_steps)
         if self.args.delta_estimation_steps:
             self._deltas_of_step = 0
@@ -262,13 +270,75 @@ class SQAKDTrainer(Trainer):
             if self._feature_terms is not None:
                 self._feature_terms.remove()
                 self._feature_terms = None
+        if self._chooses_best and self.state.best_global_step is not None:
+            self._measurements.keep_step(self.state.best_global_step)
+            if self.kept_calibrated:
+                logger.warning(
+                    "Training did not help: by %s on the held-out images no step of it was better than the calibrated "
+                    "student, which is kept.",
+                    self._best_metric_name,
+                )
         if self.args.reestimate_batch_norm:
-            reestimate_batch_norm(
-                self.model,
-                self._sample(self.args.reestimate_batch_norm),
-                disable_progress=not self.is_world_process_zero(),
-            )
+            self._reestimate_batch_norm()
         return output
+
+    # --- the choice of the best student ---
+
+    @property
+    def _chooses_best(self) -> bool:
+        return self.args.load_best_model_at_end and self.eval_dataset is not None
+
+    @property
+    def _best_metric_name(self) -> str:
+        return f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
+
+    @property
+    def kept_calibrated(self) -> bool:
+        """Whether training ended with the student as it was before its first step, which no later one surpassed."""
+        return self._chooses_best and self.state.best_global_step == 0
+
+    def _add_first_candidate(self) -> None:
+        """Evaluate and save the student before its first step, which takes part in the choice of the best."""
+        if not self._chooses_best or self.state.global_step > 0 or self.state.best_model_checkpoint is not None:
+            return
+        with own_random_numbers(self.args.seed):  # loaders draw from the generators that training goes on with
+            metrics = self._evaluate(self._trial, None, skip_scheduler=True)
+        self._determine_best_metric(metrics, self._trial)
+        # Trainer knows the folder of a best step from 1 on.
+        self.state.best_model_checkpoint = self._checkpoint_folder(self._trial)
+        self._save_checkpoint(self.model, self._trial)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _checkpoint_folder(self, trial: Any) -> str:
+        return os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+
+    def _reestimate_batch_norm(self) -> None:
+        """Replace BatchNorm's statistics by those of training images, unless held-out images say that it does harm."""
+        norms = batch_norms(self.model)
+        before = [{name: buffer.clone() for name, buffer in module.named_buffers()} for module in norms]
+        reestimate_batch_norm(
+            self.model,
+            self._sample(self.args.reestimate_batch_norm),
+            disable_progress=not self.is_world_process_zero(),
+        )
+        if not self._chooses_best:
+            return
+        name, best = self._best_metric_name, self.state.best_metric
+        value = super().evaluate()[name]
+        if value >= best if self.args.greater_is_better else value <= best:
+            self.state.best_metric = value
+            return
+        logger.warning(
+            "New BatchNorm statistics made the student worse on the held-out images (%s %.4g instead of %.4g): it "
+            "keeps those of its training. reestimate_batch_norm=0 does not try.",
+            name,
+            value,
+            best,
+        )
+        for module, buffers in zip(norms, before, strict=True):
+            for key, buffer in module.named_buffers():
+                buffer.copy_(buffers[key])
+        self._measurements.keep_step(self.state.best_global_step)
 
     def _check_options(self) -> None:
         """Refuse, before the first step, options that this model or this way of running it has no use for."""
@@ -293,9 +363,11 @@ class SQAKDTrainer(Trainer):
             raise InputError(
                 f"The objective {self.args.objective!r} compares features: pass one teacher, not several."
             )
+        norms = batch_norms(self.model)
         for option in ("reestimate_batch_norm", "freeze_batch_norm"):
-            if getattr(self.args, option) and not batch_norms(self.model):
+            if getattr(self.args, option) not in (0, "auto") and not norms:
                 raise InputError(f"{option}: the student has no BatchNorm.")
+        self._frozen_norms = norms if self.args.freezes_batch_norm else []
 
     @contextlib.contextmanager
     def _images_as_trained(self) -> Iterator[None]:
@@ -358,9 +430,22 @@ class SQAKDTrainer(Trainer):
         self._calibrated = True
 
     @property
+    def results(self) -> dict[str, dict[str, Any]]:
+        """What was measured on the images evaluated last: teacher, student, and the student before its first step."""
+        return self._measurements.last.rows if self._measurements.last else {}
+
+    @property
+    def _step_of_student(self) -> int | None:
+        """The step of the training that the student is of, 0 before the first; `None` where nothing was trained."""
+        if not self.is_in_train and self._chooses_best and self.state.best_global_step is not None:
+            return self.state.best_global_step
+        return self.state.global_step if self.is_in_train or self.state.global_step or self._calibrated else None
+
+    @property
     def _measured_as(self) -> str:
-        """What the student is: `"calibrated"` only, or a trained `"student"`."""
-        return "calibrated" if self._calibrated and self.state.global_step == 0 else "student"
+        """What the student is: `"calibrated"`, before its first step, or a trained `"student"`."""
+        before = self._calibrated or self.is_in_train
+        return "calibrated" if before and self.state.global_step == 0 else "student"
 
     def measure_layers(self, images: int = 64) -> dict[str, float]:
         """Return how far each layer's output is from the teacher's, in dB, and keep it for the report.
@@ -436,8 +521,8 @@ class SQAKDTrainer(Trainer):
         saving = self.args.activation_memory == "low"
         if model.training and self.args.cache_teacher_logits is not None and LOGITS not in inputs:
             raise InputError(f"The data_collator dropped {LOGITS!r}, which cache_teacher_logits adds to each image.")
-        if model.training and self.args.freeze_batch_norm:
-            for module in batch_norms(self.model):
+        if model.training:
+            for module in self._frozen_norms:
                 module.eval()
         with contextlib.ExitStack() as stack:
             features = self._features(inputs)
@@ -532,7 +617,7 @@ class SQAKDTrainer(Trainer):
                 self.model,
                 loss,
                 batches,
-                running_statistics=self.args.freeze_batch_norm,
+                running_statistics=bool(self._frozen_norms),
                 disable_progress=self.args.disable_tqdm,
             )
         values = torch.tensor(
@@ -634,6 +719,13 @@ class SQAKDTrainer(Trainer):
 
     # --- evaluation ---
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measure the student, see the class; warn of a trained one that was better before its first step."""
+        metrics = super().evaluate(*args, **kwargs)
+        if not self.is_in_train and self._measured_as == "student" and self.is_world_process_zero():
+            _warn_of_harm(self.results)
+        return metrics
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Run Trainer's loop and replace its loss by exact means over the images; labels are optional."""
         if not is_calibrated(self.model):
@@ -643,35 +735,19 @@ class SQAKDTrainer(Trainer):
         self._follow_first_process()  # BatchNorm's statistics are those of each process's own images
         self._evaluated = {}
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        images = output.num_samples
         means = {name: mean.pop() for name, mean in self._evaluated.items() if mean}
         teacher_accuracy = means.pop("teacher_accuracy", None)
         output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
         if means:
-            self.results["teacher"] = {"accuracy": teacher_accuracy, "agreement": 1.0, "kl": 0.0, "images": images}
-            self.results[self._measured_as] = {
-                "accuracy": means.get("accuracy"),
-                "agreement": means["agreement"],
-                "kl": means["loss"],
-                "images": images,
-            }
-            if self._measured_as == "student" and not self.is_in_train and self.is_world_process_zero():
-                self._warn_of_harm()
+            loader = args[0] if args else kwargs["dataloader"]
+            measured = self._measurements.on(loader.dataset, metric_key_prefix)
+            where = {"images": output.num_samples, "set": metric_key_prefix}
+            measured.rows["teacher"] = {"accuracy": teacher_accuracy, "agreement": 1.0, "kl": 0.0, **where}
+            row = {"accuracy": means.get("accuracy"), "agreement": means["agreement"], "kl": means["loss"], **where}
+            measured.rows[self._measured_as] = row = {**row, "step": self._step_of_student}
+            if self.is_in_train:
+                measured.by_step[self.state.global_step] = row
         return output
-
-    def _warn_of_harm(self) -> None:
-        """Say it if the trained student is further from its teacher than it was before its first step."""
-        after, before = self.results["student"], self.results.get("calibrated")
-        if before is None or before["images"] != after["images"]:
-            return
-        if after["agreement"] < before["agreement"] and after["kl"] > before["kl"]:
-            logger.warning(
-                "Training did harm: the student agrees with its teacher on %.1f %% of these images, before its first "
-                "step on %.1f %%. Where the training images are few or of another kind, keep the teacher's BatchNorm "
-                "statistics (freeze_batch_norm=True); a lower learning_rate may help as well.",
-                100 * after["agreement"],
-                100 * before["agreement"],
-            )
 
     @torch.no_grad()
     def prediction_step(
@@ -703,7 +779,7 @@ class SQAKDTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._require_finite_model()
-        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        folder = self._checkpoint_folder(trial)
         if self.args.should_save and os.path.exists(state := os.path.join(folder, STATE_FILE)):
             os.remove(state)  # written last: a checkpoint that is being written again is not complete
         self._follow_first_process()
@@ -859,6 +935,20 @@ def _quantizer_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, FakeQuantizer)]
 
 
+def _warn_of_harm(rows: dict[str, dict[str, Any]]) -> None:
+    """Say it if the trained student is further from its teacher than it was, on the same images, before training."""
+    before, after = rows.get("calibrated"), rows.get("student")
+    if before and after and after["agreement"] < before["agreement"] and after["kl"] > before["kl"]:
+        logger.warning(
+            "Training did harm: the student agrees with its teacher on %.1f %% of these images, before its first "
+            "step on %.1f %%. Where the training images are few or of another kind, keep the teacher's BatchNorm "
+            "statistics (freeze_batch_norm=True) and lower learning_rate; held-out images and "
+            "load_best_model_at_end=True keep the better student.",
+            100 * after["agreement"],
+            100 * before["agreement"],
+        )
+
+
 def _read_deltas(checkpoint: str | None, estimates: int) -> dict[str, float]:
     """Return what was estimated up to a checkpoint; say it if one of the two trainings estimates and the other not."""
     if not checkpoint:
@@ -887,16 +977,21 @@ def _load_freezer(freezer: OscillationFreezer, folder: str) -> None:
         logger.warning("%s is of a training without oscillation_freezing: no weight is frozen yet.", folder)
 
 
-class _AtEpochBegin(TrainerCallback):
-    """Calls a function with the number of each epoch that begins, or that a resumed run goes on with."""
+class _AtBegin(TrainerCallback):
+    """Calls one function as training begins, and another with the number of each epoch that begins or goes on."""
 
-    def __init__(self, act: Callable[[int], None]) -> None:
-        self._act = act
+    def __init__(self, training: Callable[[], None], epoch: Callable[[int], None]) -> None:
+        self._training, self._epoch = training, epoch
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._training()
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        self._act(int(state.epoch))
+        self._epoch(int(state.epoch))
 
 
 class _AfterOptimizerStep(TrainerCallback):

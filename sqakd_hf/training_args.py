@@ -52,8 +52,10 @@ class SQAKDTrainingArguments(TrainingArguments):
             quantizer was given.
         reestimate_batch_norm (`int`, *optional*, defaults to 0): At the end of the training, replace BatchNorm's
             running statistics by those of so many training images, drawn as for calibration.
-        freeze_batch_norm (`bool`, *optional*, defaults to `False`): Normalise by the teacher's running statistics and
-            keep them: for training images of another kind than those that the student is for.
+        freeze_batch_norm (`str` or `bool`, *optional*, defaults to `"auto"`): Normalise by the teacher's running
+            statistics and keep them. `False` normalises by the batch and learns new statistics: for a teacher that was
+            trained on the very images that the student trains on. `"auto"` freezes, unless `reestimate_batch_norm`
+            asks for new statistics or the student has no BatchNorm.
         oscillation_dampening (`float`, *optional*, defaults to 0.0): Weight, grown from 0 to this over the training,
             of [`~sqakd_hf.oscillation.dampening_loss`], which holds weights near the value they are rounded to.
         oscillation_freezing (`float`, *optional*, defaults to 0.0): Freeze weights whose code flips back in more than
@@ -112,8 +114,9 @@ class SQAKDTrainingArguments(TrainingArguments):
     reestimate_batch_norm: int = field(
         default=0, metadata={"help": "Training images for new BatchNorm statistics at the end of the training."}
     )
-    freeze_batch_norm: bool = field(
-        default=False, metadata={"help": "Keep BatchNorm's statistics, for training images of another kind."}
+    freeze_batch_norm: str = field(
+        default="auto",
+        metadata={"help": "true: keep the teacher's BatchNorm statistics; false: learn those of the training images."},
     )
     oscillation_dampening: float = field(
         default=0.0, metadata={"help": "Final weight of the term that holds weights near their quantized value."}
@@ -128,6 +131,11 @@ class SQAKDTrainingArguments(TrainingArguments):
     output_field: str | None = field(
         default=None, metadata={"help": "Which output holds the class logits, for models with several heads."}
     )
+
+    @property
+    def freezes_batch_norm(self) -> bool:
+        """What `freeze_batch_norm` comes to."""
+        return not self.reestimate_batch_norm if self.freeze_batch_norm == "auto" else bool(self.freeze_batch_norm)
 
     def check_devices(self) -> None:
         """Raise `InputError` where Trainer would copy the student to several GPUs in every step."""
@@ -156,7 +164,12 @@ class SQAKDTrainingArguments(TrainingArguments):
                 raise InputError(f"{name} must be a number of {unit}, got {value!r}.")
         if self.reestimate_batch_norm == 1:
             raise InputError("reestimate_batch_norm is a number of images, and 1 has no variance. Use a few hundred.")
-        if self.reestimate_batch_norm and self.freeze_batch_norm:
+        truth = {"auto": "auto", "true": True, "false": False}
+        stated = str(self.freeze_batch_norm).lower()
+        if stated not in truth:
+            raise InputError(f"freeze_batch_norm must be 'auto', True or False, got {self.freeze_batch_norm!r}.")
+        self.freeze_batch_norm = truth[stated]
+        if self.reestimate_batch_norm and self.freeze_batch_norm is True:
             raise InputError("freeze_batch_norm keeps the statistics that reestimate_batch_norm replaces: choose one.")
         if not 0 <= self.oscillation_dampening < math.inf:
             raise InputError(

@@ -16,7 +16,7 @@ ROOT = Path(sqakd_hf.__file__).parent
 # A module imports from lower layers only; the modules of the package `quantizers` count as one.
 LAYERS = [
     {"errors", "functional", "hub", "recompute", "repeatable", "timing"},
-    {"losses", "feature_losses", "quantizers", "packing", "checkpoint", "models", "stream"},
+    {"losses", "feature_losses", "quantizers", "packing", "checkpoint", "measurements", "models", "stream"},
     {"metrics", "layers", "configuration", "outputs", "teacher_cache", "record"},
     {"standardized", "multihead", "interception", "teacher", "collator", "accumulation", "oscillation"},
     {"timm_layers", "bit_layers", "trace"},

@@ -5,6 +5,7 @@ import signal
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from torch import nn
@@ -19,6 +20,7 @@ from sqakd_hf import (
     SQAKDTrainer,
     SQAKDTrainingArguments,
     build_model,
+    calibrate_model,
     distillation_loss,
     is_calibrated,
     quantize_model,
@@ -71,6 +73,16 @@ def models(build=TinyConvNet, **config):
     teacher = build()
     student = copy.deepcopy(teacher)
     quantize_model(student, QuantizationConfig(**config))
+    return student, teacher
+
+
+def undecided_models(data: Images):
+    """Return student and teacher for whom no class is everywhere the likeliest."""
+    student, teacher = models()
+    with torch.no_grad():
+        logits = teacher.eval()(data.pixels)
+        for model in (student, teacher):
+            model.head.bias.sub_(logits.mean(0))
     return student, teacher
 
 
@@ -301,11 +313,7 @@ class TestEvaluation:
     @pytest.mark.parametrize("learning_rate", [1e-3, 10.0])
     def test_a_training_that_did_harm_says_so(self, tmp_path, learning_rate, caplog):
         data = Images(64)
-        student, teacher = models()
-        with torch.no_grad():  # no class is everywhere the likeliest
-            logits = teacher.eval()(torch.stack([image["pixel_values"] for image in data]))
-            for model in (student, teacher):
-                model.head.bias.sub_(logits.mean(0))
+        student, teacher = undecided_models(data)
         args = arguments(tmp_path, learning_rate=learning_rate, num_train_epochs=8)
         trainer = SQAKDTrainer(student, teacher, args, data, data)
         trainer.calibrate()
@@ -317,6 +325,19 @@ class TestEvaluation:
         assert not did_harm or after["eval_agreement"] < before["eval_agreement"]
         assert ("Training did harm" in caplog.text) is did_harm
         assert ("freeze_batch_norm=True" in caplog.text) is did_harm
+
+    @pytest.mark.parametrize("same_images", [True, False])
+    def test_harm_is_told_of_the_same_images_alone_whoever_calibrated(self, tmp_path, same_images, caplog):
+        data = Images(64)
+        student, teacher = undecided_models(data)
+        calibrate_model(student, [data.pixels], disable_progress=True)
+        args = arguments(tmp_path, learning_rate=HARMFUL, num_train_epochs=8)
+        trainer = SQAKDTrainer(student, teacher, args, data, data)
+        trainer.evaluate()
+        trainer.train()
+        trainer.evaluate(data if same_images else Images(64))
+        assert ("Training did harm" in caplog.text) is same_images
+        assert ("calibrated" in trainer.results) is same_images
 
     def test_predict_returns_the_students_logits(self, tmp_path):
         trainer = make_trainer(tmp_path, labelled=True)
@@ -343,6 +364,105 @@ class TestEvaluation:
         best = min(values) if metric == "eval_loss" else max(values)
         assert trainer.state.best_metric == best
         assert trainer.evaluate()[metric] == best
+
+
+CHOOSES = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+HARMFUL = 10.0  # a learning rate
+
+
+class TestFirstCandidate:
+    """The student before its first step takes part in the choice of the best one."""
+
+    @pytest.mark.parametrize("build", [TinyConvNet, tiny_vit], ids=["module", "native-vit"])
+    @pytest.mark.parametrize("metric", ["eval_loss", "eval_agreement"])
+    @pytest.mark.parametrize("learning_rate", [1e-2, HARMFUL])
+    def test_the_student_is_never_worse_than_the_calibrated_one(self, tmp_path, build, metric, learning_rate):
+        trainer = make_trainer(tmp_path, build, learning_rate=learning_rate, metric_for_best_model=metric, **CHOOSES)
+        trainer.calibrate()
+        before = trainer.evaluate()[metric]
+        trainer.train()
+        after = trainer.evaluate()[metric]
+        assert after <= before if metric == "eval_loss" else after >= before
+
+    def test_where_no_step_is_better_it_is_kept_bit_for_bit_and_said_everywhere(self, tmp_path, caplog):
+        trainer = make_trainer(tmp_path, tiny_vit, learning_rate=HARMFUL, save_total_limit=1, **CHOOSES)
+        trainer.calibrate()
+        calibrated = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        before = trainer.evaluate()
+        trainer.train()
+
+        assert trainer.kept_calibrated
+        assert "Training did not help" in caplog.text and "eval_loss" in caplog.text
+        assert all(torch.equal(tensor, calibrated[name]) for name, tensor in trainer.model.state_dict().items())
+        assert trainer.evaluate()["eval_loss"] == before["eval_loss"]
+        assert trainer.results["student"] == trainer.results["calibrated"] | {"step": 0}
+        assert "Training did harm" not in caplog.text
+        trainer.save_model()
+        trainer.create_model_card()
+        for page in ("README.md", "report.html"):
+            text = (tmp_path / page).read_text()
+            assert "student, as calibrated" in text and "distilled student" not in text
+        assert "the student before its first step" in (tmp_path / "README.md").read_text()
+
+    def test_a_better_step_is_kept_and_its_own_numbers_are_shown(self, tmp_path):
+        trainer = make_trainer(tmp_path, tiny_vit, num_train_epochs=4, **CHOOSES)
+        trainer.train()
+        assert not trainer.kept_calibrated
+        logs = {log["step"]: log for log in trainer.state.log_history if "eval_loss" in log}
+        best = trainer.state.best_global_step
+        assert list(logs)[0] == 0 and best > 0
+        assert trainer.results["calibrated"]["kl"] == logs[0]["eval_loss"]
+        assert trainer.results["student"]["kl"] == logs[best]["eval_loss"]
+        assert trainer.results["student"]["step"] == best
+
+    def test_it_costs_the_training_no_random_number(self, tmp_path):
+        students = []
+        for chooses in (True, False):
+            folder = tmp_path / str(chooses)
+            make_trainer(folder, **{**CHOOSES, "load_best_model_at_end": chooses}).train()
+            students.append(safetensors.torch.load_file(folder / "checkpoint-6" / "model.safetensors"))
+        assert all(torch.equal(tensor, students[1][name]) for name, tensor in students[0].items())
+
+    @pytest.mark.parametrize("build", [TinyConvNet, tiny_vit], ids=["module", "native-vit"])
+    def test_its_checkpoint_resumes_to_the_bits_of_an_uninterrupted_run(self, tmp_path, build):
+        whole = make_trainer(tmp_path / "whole", build, **CHOOSES)
+        whole.train()
+        resumed = make_trainer(tmp_path / "resumed", build, **CHOOSES)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-0"))
+        assert_same_state(resumed.model, whole.model)
+        assert resumed.state.best_metric == whole.state.best_metric
+
+    @pytest.mark.parametrize("helps", [True, False])
+    def test_new_batch_norm_statistics_are_kept_where_they_do_no_harm(self, tmp_path, caplog, helps):
+        torch.manual_seed(0)
+        teacher, images = TinyConvNet(), Images()
+        for _ in range(50):
+            teacher(images.pixels)  # in training mode: it learns their statistics
+        student = copy.deepcopy(teacher)
+        quantize_model(student, QuantizationConfig(weight_bits=8, activation_bits=8))
+        norm = student.stem[1]
+        if helps:
+            norm.running_mean.add_(1)
+        else:
+            images = [{"pixel_values": image["pixel_values"] * 3 + 2} for image in images]
+        args = arguments(tmp_path, learning_rate=0.0, reestimate_batch_norm=24, **CHOOSES)
+        trainer = SQAKDTrainer(student, teacher, args, images, Images(11))
+        trainer.calibrate()
+        loss, mean = trainer.evaluate()["eval_loss"], norm.running_mean.clone()
+        trainer.train()
+        after = trainer.evaluate()["eval_loss"]
+        assert after < loss if helps else after == loss
+        assert torch.equal(norm.running_mean, mean) is not helps
+        assert ("New BatchNorm statistics made the student worse" in caplog.text) is not helps
+        assert trainer.results["student"]["kl"] == after
+
+    def test_without_held_out_images_one_line_says_that_nothing_is_compared(self, tmp_path, caplog):
+        make_trainer(tmp_path).train()
+        lines = [record for record in caplog.records if "No held-out images compare" in record.message]
+        assert len(lines) == 1 and lines[0].levelname == "WARNING"
+        caplog.clear()
+        make_trainer(tmp_path / "chooses", **CHOOSES).train()
+        assert "No held-out images compare" not in caplog.text
 
 
 @pytest.mark.parametrize(

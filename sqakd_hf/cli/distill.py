@@ -1,12 +1,13 @@
 """Distil a low-bit student from a full-precision teacher, without labels.
 
     sqakd distill --model timm/resnet18
-    sqakd distill --model google/vit-base-patch16-224 --dataset path/to/images --teacher path/to/trained/model
+    sqakd distill --model google/vit-base-patch16-224 --dataset path/to/images
     accelerate launch -m sqakd_hf distill --model ...        # several processes, GPUs
 
-Without --teacher a teacher is fine-tuned first, by ordinary supervised training. Distillation itself never reads a
-label (unless --objective asks for it, to compare, or --metric_for_best_model for accuracy); labels of the test images,
-where they exist, only serve to report accuracy.
+A trained --model and images without labels: the model is its own teacher. With labels, a teacher is fine-tuned first,
+by ordinary supervised training, unless --teacher names one. Distillation itself never reads a label (unless
+--objective asks for it, to compare, or --metric_for_best_model for accuracy); labels of the test images, where they
+exist, only serve to report accuracy.
 """
 
 import argparse
@@ -42,8 +43,9 @@ from ..modeling import (
 )
 from ..objective import parse_objective, reads_labels
 from ..plan import plan_quantization
+from ..repeatable import own_random_numbers
 from ..report import results_table
-from ..trainer import SQAKDTrainer
+from ..trainer import ARGUMENTS_FILE, SQAKDTrainer
 from ..training_args import SQAKDTrainingArguments
 from ..transforms import AUGMENTATIONS, ImageTransform
 from .quantization_arguments import QuantizationArguments, parse_json
@@ -52,6 +54,10 @@ from .quantization_arguments import QuantizationArguments, parse_json
 logger = logging.getLogger(__name__)
 
 RESULT_KEYS = {"accuracy": "accuracy", "agreement": "agreement", "kl": "loss"}
+# Where a teacher comes from.
+GIVEN, FINE_TUNED, FROM_SCRATCH = "given", "fine-tuned", "from scratch"
+# The learning rate times the number of steps between a weight's codes; 1e-3 at 2 bits.
+RATE_IN_STEPS = 3e-3
 # Small images train a small network in a minute; everything else uses the model's own size.
 IMAGE_SIZES = {"digits": 32, "fashion_mnist": 32}
 
@@ -64,7 +70,7 @@ class ScriptArguments:
         metadata={"help": "digits (embedded), fashion_mnist, a folder of images, a parquet file, or a Hub dataset"},
     )
     teacher: str | None = field(
-        default=None, metadata={"help": "a trained model to distil from; otherwise one is fine-tuned first"}
+        default=None, metadata={"help": "a trained --model to distil from; otherwise labels fine-tune one first"}
     )
     label_column: str | None = field(
         default=None, metadata={"help": "column of the labels, where a dataset has several"}
@@ -108,7 +114,10 @@ class ScriptArguments:
 class DistillationArguments(SQAKDTrainingArguments):
     output_dir: str = field(default="sqakd-output", metadata={"help": "folder for student, results and checkpoints"})
     num_train_epochs: float = field(default=6.0, metadata={"help": "epochs of distillation"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "learning rate of the student's weights"})
+    learning_rate: float = field(
+        default=1e-3,
+        metadata={"help": "learning rate of the student's weights; default: less for a given teacher and many bits"},
+    )
     per_device_train_batch_size: int = field(default=64, metadata={"help": "training batch of each process"})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "evaluation batch of each process"})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})
@@ -137,9 +146,10 @@ def main(argv: Sequence[str]) -> None:
     set_up_logging(args)
     args.check_devices()
     check_output_folder(script, args)
-    choose_by_holdout(script, args, argv)
+    given = {argument.split("=")[0].lstrip("-").replace("-", "_") for argument in argv if argument.startswith("--")}
+    choose_by_holdout(script, args, given)
     try:
-        distil(script, quantization, args)
+        distil(script, quantization, args, given)
     except KeyboardInterrupt:
         last = None
         with contextlib.suppress(InputError):
@@ -148,13 +158,12 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(f"\nInterrupted{f', saved {last}' if last else ''}. Run the same command with {way_on}.")
 
 
-def choose_by_holdout(script: ScriptArguments, args: DistillationArguments, argv: Sequence[str]) -> None:
+def choose_by_holdout(script: ScriptArguments, args: DistillationArguments, given: set[str]) -> None:
     """Let training keep its best epoch by the held-out images; refuse arguments that contradict it."""
     if not script.validation_fraction:
         if args.eval_strategy != "no":
             raise InputError("--eval_strategy measures held-out images, and --validation_fraction 0 holds out none.")
         return
-    given = {argument.split("=")[0].lstrip("-").replace("-", "_") for argument in argv if argument.startswith("--")}
     # Epochs with more bits than the student's own would win.
     needed = {
         "eval_strategy": "epoch",
@@ -179,7 +188,9 @@ def choose_by_holdout(script: ScriptArguments, args: DistillationArguments, argv
         args.greater_is_better = by_labels
 
 
-def distil(script: ScriptArguments, quantization: QuantizationArguments, args: DistillationArguments) -> None:
+def distil(
+    script: ScriptArguments, quantization: QuantizationArguments, args: DistillationArguments, given: set[str]
+) -> None:
     if script.num_threads:
         torch.set_num_threads(script.num_threads)
     config = quantization.to_config()
@@ -203,7 +214,8 @@ def distil(script: ScriptArguments, quantization: QuantizationArguments, args: D
         train, holdout = split_holdout(data.train, script.validation_fraction, args.seed, keep_labels=by_labels)
 
     set_seed(args.seed)
-    teacher, is_trained = get_teacher(script, args, data)
+    teacher, origin = get_teacher(script, args, data)
+    set_defaults(args, given, origin, config.weight_bits)
     plan = plan_quantization(teacher, config)  # a pattern that matches nothing is better found before the training
     transform = image_transform(script, teacher)
     # Small centred pictures gain nothing from cropping in a few epochs, and a mirrored digit is another sign.
@@ -212,7 +224,7 @@ def distil(script: ScriptArguments, quantization: QuantizationArguments, args: D
     used = Preprocessing(plain.size, plain.mean, plain.std, plain.crop_pct, plain.interpolation)
     record_preprocessing(teacher, used)
     train, test = train.with_transform(augmented), data.test.with_transform(plain)
-    if not is_trained:
+    if origin != GIVEN:
         train_teacher(teacher, train, used, script, args)
     results = {"teacher": {"accuracy": accuracy(teacher, test, args, data), "agreement": 1.0, "kl": 0.0}}
 
@@ -237,7 +249,7 @@ def distil(script: ScriptArguments, quantization: QuantizationArguments, args: D
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if interrupt.interrupted:
         raise KeyboardInterrupt
-    results["student"] = evaluate(trainer, test)
+    results["student"] = {**evaluate(trainer, test), "step": trainer.results["student"]["step"]}
     trainer.measure_layers()
 
     if trainer.is_world_process_zero():
@@ -254,36 +266,79 @@ def distil(script: ScriptArguments, quantization: QuantizationArguments, args: D
     trainer.accelerator.end_training()  # of several processes: gloo's threads would abort one that ends without it
 
 
-def get_teacher(script: ScriptArguments, args: DistillationArguments, data: ImageData) -> tuple[PreTrainedModel, bool]:
-    """Return the teacher, and whether it is trained on these classes already."""
-    if args.resume_from_checkpoint and script.teacher is None:
-        return load_teacher(teacher_folder(args)), True
-    if script.teacher is not None:
-        model = load_teacher(script.teacher)
+def set_defaults(args: DistillationArguments, given: set[str], origin: str, bits: int) -> None:
+    """Choose what nobody gave, learning rate and BatchNorm's statistics, by where the teacher comes from.
+
+    A teacher that is given was trained on other images: its BatchNorm statistics are better than those of a thousand
+    photographs, and a student of many bits begins so near to it that a rate for few bits takes it further away. The
+    rate is the same in units of a weight's step at every width. A resumed training goes on as it began.
+    """
+    if args.resume_from_checkpoint:
+        with open(os.path.join(args.resume_from_checkpoint, ARGUMENTS_FILE), encoding="utf-8") as file:
+            defaults = json.load(file)
+    elif origin == GIVEN:
+        defaults = {"learning_rate": min(args.learning_rate, RATE_IN_STEPS / (2**bits - 1))}
+    else:
+        defaults = {"freeze_batch_norm": False}
+    for name in ("learning_rate", "freeze_batch_norm"):
+        if name in defaults and name not in given:
+            setattr(args, name, defaults[name])
+    if "quantizer_learning_rate" not in given:
+        args.quantizer_learning_rate = args.learning_rate / 100
+
+
+def get_teacher(script: ScriptArguments, args: DistillationArguments, data: ImageData) -> tuple[PreTrainedModel, str]:
+    """Return the teacher and where it comes from; one that is not `GIVEN` is still to be trained on these classes."""
+    if args.resume_from_checkpoint and script.teacher is None and data.class_names is not None:
+        return load_teacher(teacher_folder(args)), GIVEN
+    teacher = script.teacher or (script.model if data.class_names is None else None)
+    if teacher is not None:
+        model = load_given_teacher(script, teacher)
         if data.class_names is not None and model.config.num_labels != len(data.class_names):
             raise InputError(
-                f"The teacher {script.teacher!r} has {model.config.num_labels} classes but the images of "
+                f"The teacher {teacher!r} has {model.config.num_labels} classes but the images of "
                 f"{script.dataset!r} have {len(data.class_names)}. Pass a teacher trained on these classes."
             )
-        return model, True
-    if data.class_names is None:
-        raise InputError(
-            f"The images of {script.dataset!r} have no labels to train a teacher with. "
-            "Pass --teacher with a trained model."
-        )
+        return model, GIVEN
     classes, model_args = len(data.class_names), parse_json("model_args", script.model_args)
     try:
         if model_args or script.teacher_from_scratch:
             why = "--model_args change the architecture." if model_args else "--teacher_from_scratch asks for it."
             raise WeightsNotFoundError(why)
-        model = load_teacher(script.model, num_labels=classes)
+        model, origin = load_teacher(script.model, num_labels=classes), FINE_TUNED
     except WeightsNotFoundError as error:
         size = script.image_size or IMAGE_SIZES.get(script.dataset)
-        model = build_model(script.model, classes, size, model_args)
+        model, origin = build_model(script.model, classes, size, model_args), FROM_SCRATCH
         logger.warning("The teacher starts from random weights. %s", error)
     model.config.id2label = dict(enumerate(data.class_names))
     model.config.label2id = {name: index for index, name in enumerate(data.class_names)}
-    return model, False
+    return model, origin
+
+
+def load_given_teacher(script: ScriptArguments, name: str) -> PreTrainedModel:
+    """Return a trained teacher; refuse arguments that ask for another network than its own."""
+    if script.teacher_from_scratch:
+        raise InputError("--teacher_from_scratch needs labels to train a teacher by, and no --teacher.")
+    try:
+        model = load_teacher(name)
+    except WeightsNotFoundError as error:
+        if script.teacher is not None:
+            raise
+        raise InputError(
+            f"The images of {script.dataset!r} have no labels to train a teacher with, and {name!r} is not trained. "
+            f"Pass a trained --model. {error}"
+        ) from error
+    model_args = parse_json("model_args", script.model_args)
+    if script.model != name or model_args:
+        with own_random_numbers(0):
+            stated = build_model(script.model, model.config.num_labels, preprocessing(model).image_size, model_args)
+        shapes, own = ({key: value.shape for key, value in each.state_dict().items()} for each in (stated, model))
+        if shapes != own:
+            raise InputError(
+                f"The student is a copy of its teacher, and --model {script.model!r} is another network than "
+                f"{name!r}. Pass --model {name!r} alone."
+            )
+    return model
 
 
 def image_transform(script: ScriptArguments, model: PreTrainedModel):

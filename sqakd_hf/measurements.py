@@ -1,0 +1,68 @@
+"""What a trainer's evaluations found, kept apart for each set of images: numbers of two sets are never compared."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+Row = dict[str, Any]
+
+
+@dataclass
+class ImageSet:
+    """One set of images, and what was measured on it.
+
+    Args:
+        images (`Any`): The dataset.
+        name (`str`): What it is called, such as `"eval"` or `"test"`.
+        rows (`dict[str, Row]`): `teacher`, `calibrated` (the student before its first step) and `student` → metrics.
+        by_step (`dict[int, Row]`): Step of the training → the student's metrics there.
+    """
+
+    images: Any
+    name: str
+    rows: dict[str, Row] = field(default_factory=dict)
+    by_step: dict[int, Row] = field(default_factory=dict)
+
+
+class Measurements:
+    """The sets of images that were evaluated; the last one is the one that a card shows."""
+
+    def __init__(self) -> None:
+        self._sets: list[ImageSet] = []
+
+    @property
+    def last(self) -> ImageSet | None:
+        """The set that was evaluated last."""
+        return self._sets[-1] if self._sets else None
+
+    def on(self, images: Any, name: str) -> ImageSet:
+        """Return what was measured on `images`, which become the last set."""
+        found = next((each for each in self._sets if _same(each.images, images)), None)
+        if found is None:
+            found = ImageSet(images, name)
+        else:
+            self._sets.remove(found)
+            found.name = name
+        self._sets.append(found)
+        return found
+
+    def begin_training(self) -> None:
+        """What was measured of the student so far was measured before its first step."""
+        for each in self._sets:
+            each.by_step.clear()
+            if (row := each.rows.pop("student", None)) is not None:
+                each.rows["calibrated"] = row
+
+    def keep_step(self, step: int) -> None:
+        """The student is again what it was after this step; 0 is before the first."""
+        for each in self._sets:
+            row = each.rows.get("calibrated") if step == 0 else each.by_step.get(step)
+            each.rows.pop("student", None)
+            if row is not None:
+                each.rows["student"] = row
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Tell whether two datasets are the same images: one object, or two with one fingerprint (`datasets.Dataset`)."""
+    fingerprint = getattr(one, "_fingerprint", None)
+    return one is other or (fingerprint is not None and fingerprint == getattr(other, "_fingerprint", None))
