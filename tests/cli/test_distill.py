@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import torch
 
-from sqakd_hf import InputError
+from sqakd_hf import InputError, build_model
 from sqakd_hf.cli import distill
 from tests.conftest import tiny_vit
 
@@ -48,13 +48,14 @@ class TestRun:
         results = run(f"--model {vit_folder if model == 'native' else model}")
 
         for key in ("teacher", "calibrated", "student"):
-            assert set(results[key]) == {"accuracy", "agreement", "kl"}
+            assert {"accuracy", "agreement", "kl"} <= set(results[key])
             assert 0 <= results[key]["accuracy"] <= 1
         assert results["teacher"]["agreement"] == 1.0 and results["teacher"]["kl"] == 0.0
         assert results["student"]["kl"] > 0
         assert results["arguments"]["weight_bits"] == 2
         table = capsys.readouterr().out
-        assert "distilled student" in table and "W2A2" in table
+        title = "student, as calibrated" if results["student"]["step"] == 0 else "distilled student"
+        assert title in table and "W2A2" in table
         output = tmp_path / "output"
         assert PIL.Image.open(output / "learning_curve.png").width > 500
         page = (output / "report.html").read_text()
@@ -68,7 +69,9 @@ class TestRun:
         for index in range(40):
             PIL.Image.new("RGB", (40, 36), (6 * index, 100, 255 - 6 * index)).save(flat / f"{index}.png")
 
-        with pytest.raises(InputError, match="no labels to train a teacher with. Pass --teacher"):
+        with pytest.raises(
+            InputError, match="no labels to train a teacher with, and 'timm/test_resnet' is not trained"
+        ):
             run(f"--model timm/test_resnet --dataset {flat}", output="refused")
         with pytest.raises(InputError, match="no labels to choose the best epoch by"):
             run(f"--model timm/test_resnet --dataset {flat} --objective ce", output="refused")
@@ -85,7 +88,7 @@ class TestRun:
         torch.manual_seed(0)
         tiny_vit().save_pretrained(tmp_path / "vit")
         with pytest.raises(InputError, match="has 4 classes but the images of 'digits' have 10"):
-            run(f"--model timm/test_resnet --teacher {tmp_path / 'vit'}")
+            run(f"--model {tmp_path / 'vit'} --teacher {tmp_path / 'vit'}")
 
     @pytest.mark.parametrize(
         ("arguments", "metric", "greater"),
@@ -113,6 +116,82 @@ class TestRun:
         assert results["overrides"] == [["layer4", {"weight_bits": 4}]]
         assert results["modules_to_not_convert"] == ["layer1"]
         assert results["per_channel"] is False and results["integer_zero_point"] is False
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a network of 10 classes, and a flat folder of images without labels."""
+    folder = tmp_path_factory.mktemp("trained")
+    build_model("timm/test_resnet", 10, image_size=32).save_pretrained(folder / "model")
+    (folder / "images").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for index in range(40):
+        pixels = torch.randint(256, (32, 32, 3), generator=generator, dtype=torch.uint8)
+        PIL.Image.fromarray(pixels.numpy()).save(folder / "images" / f"{index}.png")
+    return folder
+
+
+class TestDefaultsBySituation:
+    """Learning rate and BatchNorm follow from where the teacher comes from."""
+
+    def training(self, run, arguments: str, output: str = "output") -> dict:
+        training = run(arguments, output)["arguments"]["training"]
+        return {name: training[name] for name in ("learning_rate", "quantizer_learning_rate", "freeze_batch_norm")}
+
+    @pytest.mark.parametrize(("bits", "rate"), [(1, 1e-3), (2, 1e-3), (4, 2e-4), (8, 3e-3 / 255)])
+    def test_a_given_teacher_keeps_its_statistics_and_is_left_in_small_steps(self, run, trained, bits, rate):
+        arguments = f"--model {trained}/model --dataset {trained}/images --weight_bits {bits}"
+        expected = {"learning_rate": rate, "quantizer_learning_rate": rate / 100, "freeze_batch_norm": "auto"}
+        assert self.training(run, arguments) == expected
+
+    def test_a_teacher_from_scratch_shares_its_images_with_the_student(self, run):
+        found = self.training(run, "--model timm/test_resnet --weight_bits 8")
+        expected = {"learning_rate": 1e-3, "quantizer_learning_rate": 1e-5, "freeze_batch_norm": False}
+        assert found == expected
+
+    def test_what_is_given_stays(self, run, trained):
+        arguments = f"--model {trained}/model --dataset {trained}/images --weight_bits 8"
+        arguments += " --learning-rate=0.01 --freeze_batch_norm false --quantizer_learning_rate 0.5"
+        expected = {"learning_rate": 0.01, "quantizer_learning_rate": 0.5, "freeze_batch_norm": False}
+        assert self.training(run, arguments) == expected
+
+    def test_a_resumed_training_goes_on_as_it_began(self, run, tmp_path):
+        run("--model timm/test_resnet --weight_bits 8 --num_train_epochs 3")
+        found = self.training(run, "--model timm/test_resnet --weight_bits 8 --resume_from_checkpoint last")
+        assert found == {"learning_rate": 1e-3, "quantizer_learning_rate": 1e-5, "freeze_batch_norm": False}
+
+
+class TestTeacher:
+    def test_a_trained_model_is_its_own_teacher_on_images_without_labels(self, run, trained, tmp_path):
+        once = run(f"--model {trained}/model --dataset {trained}/images", output="once")
+        twice = run(f"--model {trained}/model --dataset {trained}/images --teacher {trained}/model", output="twice")
+        assert once["student"] == twice["student"]
+        weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("once", "twice")]
+        assert weights[0] == weights[1]
+
+    @pytest.mark.parametrize(
+        "model", ["timm/test_vit", 'timm/test_resnet --model_args {"block_args":{"attn_layer":"se"}}']
+    )
+    def test_another_model_than_the_teacher_is_refused(self, run, trained, tmp_path, model):
+        with pytest.raises(InputError, match="copy of its teacher, and --model .* is another network"):
+            run(f"--model {model} --dataset {trained}/images --teacher {trained}/model")
+        assert not (tmp_path / "output").exists()
+
+    def test_the_same_network_by_another_name_is_not(self, run, trained):
+        run(f"--model timm/test_resnet --dataset {trained}/images --teacher {trained}/model")
+
+    def test_nothing_is_trained_from_scratch_without_labels(self, run, trained):
+        with pytest.raises(InputError, match="--teacher_from_scratch needs labels"):
+            run(f"--model {trained}/model --dataset {trained}/images --teacher_from_scratch true")
+
+
+class TestNeverWorse:
+    def test_a_harmful_training_ends_with_the_calibrated_student(self, run, trained, tmp_path, capsys):
+        results = run(f"--model {trained}/model --dataset {trained}/images --weight_bits 8 --learning_rate 10")
+        assert results["student"]["step"] == 0
+        assert {**results["calibrated"], "step": 0} == results["student"]
+        assert "student, as calibrated" in capsys.readouterr().out
+        assert "student, as calibrated" in (tmp_path / "output" / "README.md").read_text()
 
 
 class TestBadInput:
