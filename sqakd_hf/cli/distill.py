@@ -30,6 +30,7 @@ from ..convert import quantize_model
 from ..data import ImageData, load_image_data, split_holdout
 from ..errors import InputError
 from ..interrupt import InterruptCallback
+from ..last_batch import check_last_batch
 from ..metrics import TopKAccuracy
 from ..modeling import (
     Preprocessing,
@@ -326,10 +327,12 @@ def train_teacher(
         optim_args=script.teacher_optim_args,
         label_smoothing_factor=script.teacher_label_smoothing,
         max_grad_norm=args.max_grad_norm,
+        dataloader_drop_last=args.dataloader_drop_last,
         logging_strategy="epoch",
         save_strategy="no",
         **shared_arguments(args),
     )
+    check_last_batch(teacher, teacher_args, train, ImageCollator())
     trainer = Trainer(
         teacher,
         teacher_args,
