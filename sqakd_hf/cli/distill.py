@@ -17,7 +17,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArg
 from ..checkpoint import last_checkpoint
 from ..collator import ImageCollator
 from ..convert import quantize_model
-from ..data import ImageData, load_image_data, split_holdout
+from ..data import ImageData, is_labelled, load_image_data, split_holdout
 from ..errors import InputError
 from ..interrupt import InterruptCallback
 from ..last_batch import check_last_batch
@@ -48,6 +48,7 @@ from ..trainer import SQAKDTrainer
 from ..training_args import SQAKDTrainingArguments
 from ..transforms import AUGMENTATIONS, ImageTransform
 from .quantization_arguments import QuantizationArguments, parse_json
+from .students import class_names
 
 
 logger = logging.getLogger(__name__)
@@ -196,7 +197,7 @@ def distil(script: ScriptArguments, quantization: QuantizationArguments, args: D
     train, holdout = data.train, None
     if script.validation_fraction:
         by_labels = args.metric_for_best_model == "eval_accuracy"
-        if by_labels and data.class_names is None:
+        if by_labels and not is_labelled(data.train):
             raise InputError(
                 f"The images of {script.dataset!r} have no labels to choose the best epoch by. Pass "
                 "--metric_for_best_model eval_loss (the divergence) or --validation_fraction 0."
@@ -205,6 +206,7 @@ def distil(script: ScriptArguments, quantization: QuantizationArguments, args: D
 
     set_seed(args.seed)
     teacher, is_trained = get_teacher(script, args, data)
+    data = replace(data, train=train, validation=holdout).numbered_like(class_names(teacher))
     plan = plan_quantization(teacher, config)  # a pattern that matches nothing is better found before the training
     transform = image_transform(script, teacher)
     # Small centred pictures gain nothing from cropping in a few epochs, and a mirrored digit is another sign.
@@ -212,10 +214,10 @@ def distil(script: ScriptArguments, quantization: QuantizationArguments, args: D
     plain, augmented = transform("none"), transform(augment)
     used = Preprocessing(plain.size, plain.mean, plain.std, plain.crop_pct, plain.interpolation)
     record_preprocessing(teacher, used)
-    train, test = train.with_transform(augmented), data.test.with_transform(plain)
+    train, test, holdout = data.train.with_transform(augmented), data.test.with_transform(plain), data.validation
     if not is_trained:
         train_teacher(teacher, train, used, script, args)
-    results = {"teacher": {"accuracy": accuracy(teacher, test, args, data), "agreement": 1.0, "kl": 0.0}}
+    results = {"teacher": {"accuracy": accuracy(teacher, test, args), "agreement": 1.0, "kl": 0.0}}
 
     student = copy.deepcopy(teacher)
     quantize_model(student, config)
@@ -260,14 +262,8 @@ def get_teacher(script: ScriptArguments, args: DistillationArguments, data: Imag
     if args.resume_from_checkpoint and script.teacher is None:
         return load_teacher(teacher_folder(args)), True
     if script.teacher is not None:
-        model = load_teacher(script.teacher)
-        if data.class_names is not None and model.config.num_labels != len(data.class_names):
-            raise InputError(
-                f"The teacher {script.teacher!r} has {model.config.num_labels} classes but the images of "
-                f"{script.dataset!r} have {len(data.class_names)}. Pass a teacher trained on these classes."
-            )
-        return model, True
-    if data.class_names is None:
+        return load_teacher(script.teacher), True
+    if not is_labelled(data.train):
         raise InputError(
             f"The images of {script.dataset!r} have no labels to train a teacher with. "
             "Pass --teacher with a trained model."
@@ -359,9 +355,9 @@ def shared_arguments(args: DistillationArguments) -> dict:
     return {name: getattr(args, name) for name in names} | {"remove_unused_columns": False, "report_to": "none"}
 
 
-def accuracy(model: PreTrainedModel, test, args: DistillationArguments, data: ImageData) -> float | None:
+def accuracy(model: PreTrainedModel, test, args: DistillationArguments) -> float | None:
     """Return the model's accuracy on the test images, or `None` where they have no labels."""
-    if data.class_names is None:
+    if not is_labelled(test):
         return None
     eval_args = TrainingArguments(
         output_dir=args.output_dir,

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
 
-from sqakd_hf import InputError
-from sqakd_hf.cli import distill
+from sqakd_hf import ImageCollator, ImageTransform, InputError, load_image_data, load_teacher
+from sqakd_hf.cli import distill, evaluate
+from sqakd_hf.modeling import preprocessing
 from tests.conftest import tiny_vit
 
 
@@ -84,7 +86,7 @@ class TestRun:
     def test_a_teacher_of_other_classes_is_refused(self, run, vit_folder, tmp_path):
         torch.manual_seed(0)
         tiny_vit().save_pretrained(tmp_path / "vit")
-        with pytest.raises(InputError, match="has 4 classes but the images of 'digits' have 10"):
+        with pytest.raises(InputError, match="The model has 4 classes but the images have 10, '0', '1'"):
             run(f"--model timm/test_resnet --teacher {tmp_path / 'vit'}")
 
     @pytest.mark.parametrize(
@@ -113,6 +115,69 @@ class TestRun:
         assert results["overrides"] == [["layer4", {"weight_bits": 4}]]
         assert results["modules_to_not_convert"] == ["layer1"]
         assert results["per_channel"] is False and results["integer_zero_point"] is False
+
+
+def write_classes(folder, classes, count=12):
+    """Write images of plain, noisy colours, one colour a class."""
+    rng = np.random.default_rng(len(classes))
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = rng.integers(0, 60, (20, 20, 3)) + 190 * np.eye(3)[sum(map(ord, name)) % 3]
+            PIL.Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{index}.png")
+
+
+class TestLabelsOfEachSplit:
+    """Split by split: labels of the one say nothing about the other."""
+
+    def test_unlabelled_test_images_of_labelled_training_images(self, run, tmp_path, capsys):
+        write_classes(tmp_path / "data" / "train", ["cat", "dog"])
+        write_classes(tmp_path / "data", ["test"])
+        results = run(f"--model timm/test_resnet --image_size 32 --dataset {tmp_path / 'data'}")
+        assert results["teacher"]["accuracy"] is None and results["student"]["accuracy"] is None
+        assert 0 <= results["student"]["agreement"] <= 1
+        capsys.readouterr()
+        teacher = tmp_path / "output" / "teacher"
+        evaluate.main(f"{tmp_path}/output --dataset {tmp_path}/data --teacher {teacher} --json".split())
+        found = json.loads(capsys.readouterr().out)
+        assert "accuracy" not in found and found["agreement"] == pytest.approx(results["student"]["agreement"])
+
+    def test_labelled_test_images_of_unlabelled_training_images(self, run, tmp_path, capsys):
+        classes = [chr(ord("a") + index) for index in range(3)]
+        write_classes(tmp_path / "first", classes, 30)
+        run(f"--model timm/test_resnet --image_size 32 --dataset {tmp_path / 'first'} --max_steps 30", "first-student")
+        teacher = load_teacher(tmp_path / "first-student" / "teacher")
+        data = tmp_path / "data"
+        write_classes(data, ["train"], 20)
+        write_classes(data / "test", classes[1:])  # not all of the teacher's: 'a' is its first
+        with pytest.raises(InputError, match="have no labels to train a teacher with"):
+            run(f"--model timm/test_resnet --dataset {data}", output="refused")
+        with pytest.raises(InputError, match="have no labels to choose the best epoch by"):
+            run(f"--model timm/test_resnet --dataset {data} --objective ce", output="refused")
+
+        arguments = (
+            f"--model timm/test_resnet --image_size 32 --dataset {data} --teacher {tmp_path}/first-student/teacher"
+        )
+        results = run(arguments, output="second")
+        used = preprocessing(teacher)
+        images = load_image_data(str(data)).test.with_transform(
+            ImageTransform(32, used.mean, used.std, crop_pct=used.crop_pct, interpolation=used.interpolation)
+        )
+        batch = ImageCollator()([images[index] for index in range(len(images))])
+        with torch.no_grad():
+            found = teacher.eval()(batch["pixel_values"]).logits.argmax(1) - 1
+        assert results["teacher"]["accuracy"] == pytest.approx((found == batch["labels"]).float().mean().item())
+        assert results["teacher"]["accuracy"] > 0.9
+        capsys.readouterr()
+        evaluate.main(f"{tmp_path}/second --dataset {data} --json".split())
+        assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(results["student"]["accuracy"])
+
+        write_classes(tmp_path / "others" / "test", ["emu", "fox"])
+        write_classes(tmp_path / "others", ["train"])
+        with pytest.raises(InputError, match="The model has 3 classes but the images have 2, 'emu', 'fox'"):
+            run(arguments.replace(str(data), str(tmp_path / "others")), output="third")
+        with pytest.raises(InputError, match="The model has 3 classes but the images have 2, 'emu', 'fox'"):
+            evaluate.main(f"{tmp_path}/second --dataset {tmp_path}/others --json".split())
 
 
 class TestBadInput:
