@@ -1,8 +1,11 @@
-"""Training and test images with standard columns, as `datasets.Dataset`s."""
+"""Training, validation and test images with standard columns, as `datasets.Dataset`s."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,18 +22,62 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageData:
-    """Training and test images with the columns `image` and, only where labels exist, `label`.
+    """Training, validation and test images with the columns `image` and, only where labels exist, `label`.
+
+    Each split is labelled or not by itself, see [`is_labelled`].
 
     Args:
         train (`datasets.Dataset`): Training images. `image` is a `datasets.Image(decode=False)`, so that a corrupt
             file can be named when [`ImageTransform`] decodes it; `label` is a `datasets.ClassLabel`.
         test (`datasets.Dataset`, *optional*): Test images in the same form, `label` numbered as in `train`.
-        class_names (`list[str]`, *optional*): Name of each class, in the order of the labels; `None` without labels.
+        class_names (`list[str]`, *optional*): Name of each class, in the order of the labels; `None` where no split
+            has labels.
+        validation (`datasets.Dataset`, *optional*): Images to choose a model by, in the same form.
     """
 
     train: "datasets.Dataset"
     test: "datasets.Dataset | None"
     class_names: list[str] | None
+    validation: "datasets.Dataset | None" = None
+
+    def numbered_like(self, class_names: Sequence[str]) -> "ImageData":
+        """Return the same images with their labels numbered as a model numbers its classes.
+
+        Classes that the model has by name get the model's numbers. Where the names are others and as many, the order
+        decides, as for folders called by the codes of the classes; that is said.
+
+        Args:
+            class_names (`Sequence[str]`): The model's classes in their order.
+
+        Raises:
+            InputError: Classes that the model does not have.
+        """
+        own, others = self.class_names, list(class_names)
+        if own is None or own == others:
+            return self
+        if set(own) <= set(others):
+            return replace(
+                self,
+                class_names=others,
+                **{name: _renumber(getattr(self, name), others) for name in ("train", "test", "validation")},
+            )
+        if len(own) != len(others):
+            raise InputError(
+                f"The model has {len(others)} classes but the images have {len(own)}, {quote(own[:5])} among them. "
+                "Use a model trained on these classes."
+            )
+        if not (all(map(_is_number, own)) or all(map(_is_number, others))):
+            logger.warning(
+                "The classes of the images, %s, are called otherwise than the model's, %s. Their order decides: the "
+                "accuracy is wrong where they are others.",
+                *(f"{quote(names[:3])}{', ...' if len(names) > 3 else ''}" for names in (own, others)),
+            )
+        return self
+
+
+def is_labelled(dataset: "datasets.Dataset") -> bool:
+    """Tell whether a split of [`ImageData`] has labels."""
+    return "label" in dataset.column_names
 
 
 def load_image_data(
@@ -39,6 +86,8 @@ def load_image_data(
     config_name: str | None = None,
     train_split: str = "train",
     test_split: str | None = "test",
+    validation_dataset: str | None = None,
+    test_dataset: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
     test_fraction: float = 0.2,
@@ -46,7 +95,7 @@ def load_image_data(
     max_test_images: int | None = None,
     seed: int = 0,
 ) -> ImageData:
-    """Load training and test images from scikit-learn, a folder, a parquet file or the Hub.
+    """Load training, validation and test images from scikit-learn, a folder, a parquet file or the Hub.
 
     Args:
         name (`str`): One of
@@ -54,15 +103,21 @@ def load_image_data(
             - `"fashion_mnist"`: 60,000 + 10,000 grey 28x28 images, from the Debian package `dataset-fashion-mnist`
               when it is installed, else from the Hub.
             - a folder: images in one sub-folder per class (two classes or more), images without classes, either of
-              them below `train/` and `test/` (or `validation/`, `valid/`, `val/`), parquet files, or what
+              them below `train/`, `test/` and `validation/` (or `valid/`, `val/`), parquet files, or what
               `Dataset.save_to_disk` wrote.
             - a parquet file.
             - a dataset id on the Hub.
         config_name (`str`, *optional*): Configuration of a Hub dataset.
         train_split (`str`, *optional*, defaults to `"train"`): Split to train on.
         test_split (`str`, *optional*, defaults to `"test"`): Split to test on. Where there is no `"test"`, a
-            validation split stands in; where there is none either, `test_fraction` of the training images are split
-            off, by class if they are labelled. `None` loads no test images.
+            validation split stands in, and is none any more; where there is none either, `test_fraction` of the
+            training images are split off, by class if they are labelled. Files of a folder that share their name up
+            to the last `_`, as crops of a picture and frames of a film do, then stay on one side. `None` loads no
+            test images.
+        validation_dataset (`str`, *optional*): A name as above, whose images are the validation images: its
+            validation split, or its only split. By default they are those of a validation split beside the test
+            split, if there is one.
+        test_dataset (`str`, *optional*): The same for the test images; nothing is split off then.
         image_column (`str`, *optional*): Column of the images; by default the one with an Image feature.
         label_column (`str`, *optional*): Column of the labels: a ClassLabel, integers or strings. By default the one
             with a ClassLabel feature, or integers named `label` or `labels`. A split whose labels are all missing
@@ -74,11 +129,11 @@ def load_image_data(
         seed (`int`, *optional*, defaults to 0): Seed of the split and of the draw.
 
     Returns:
-        [`ImageData`]: Training images, test images and the names of the classes.
+        [`ImageData`]: Training, test and validation images and the names of the classes.
 
     Raises:
         InputError: If the name is unknown or can't be reached, if there are no images, if a column or split is missing
-            or ambiguous, if a class exists in the test images only, or if a number is out of range.
+            or ambiguous, if a class exists in the test or validation images only, or if a number is out of range.
 
     Examples:
         >>> data = load_image_data("digits", max_train_images=100)
@@ -89,19 +144,27 @@ def load_image_data(
     _check_max_images("max_train_images", max_train_images)
     _check_max_images("max_test_images", max_test_images)
 
-    splits = load_splits(name, config_name, train_split, test_split)
-    train = _get_split(name, splits, train_split)
-    test = _get_test_split(name, splits, train_split, test_split)
-    train, test, class_names = _standardize(name, train, test, image_column, label_column)
+    source = load_splits(name, config_name, train_split, test_split)
+    train = _get_split(name, source, train_split)
+    test_name = None if test_dataset is not None else _find_test_split(name, source, train_split, test_split)
+    validation_name = _first_of(VALIDATION_SPLITS, set(source) - {train_split, test_name})
+    splits = {
+        "training": (name, train),
+        "test": _load_or_get(test_dataset, ("test",), name, source, test_name),
+        "validation": _load_or_get(validation_dataset, VALIDATION_SPLITS, name, source, validation_name),
+    }
+    standard, class_names = _standardize(
+        {what: split for what, split in splits.items() if split is not None}, image_column, label_column
+    )
 
+    train, test, validation = (standard.get(what) for what in splits)
     if test is None and test_split is not None:
-        labels = train["label"][:] if "label" in train.column_names else None
-        train_indices, test_indices = _split_indices(len(train), test_fraction, seed, labels)
+        train_indices, test_indices = _split_indices(train, test_fraction, seed, by_class=True)
         train, test = train.select(train_indices), train.select(test_indices)
     train = _take_at_most(train, max_train_images, seed, f"training images of {name!r}")
     if test is not None:
-        test = _take_at_most(test, max_test_images, seed, f"test images of {name!r}")
-    return ImageData(train=train, test=test, class_names=class_names)
+        test = _take_at_most(test, max_test_images, seed, f"test images of {(test_dataset or name)!r}")
+    return ImageData(train=train, test=test, class_names=class_names, validation=validation)
 
 
 def split_holdout(
@@ -115,6 +178,8 @@ def split_holdout(
         seed (`int`): Seed of the random choice.
         keep_labels (`bool`, *optional*, defaults to `False`): Leave the held-out images their `label` column.
 
+    Files of a folder that share their name up to the last `_` stay on one side, as in [`load_image_data`].
+
     Returns:
         `tuple[datasets.Dataset, datasets.Dataset]`: The remaining images, and the held-out ones; both in the order of
         `dataset`.
@@ -123,9 +188,9 @@ def split_holdout(
         InputError: If `fraction` is outside (0, 1) or if it leaves one side without images.
     """
     _check_fraction("fraction", fraction)
-    train_indices, holdout_indices = _split_indices(len(dataset), fraction, seed)
+    train_indices, holdout_indices = _split_indices(dataset, fraction, seed)
     holdout = dataset.select(holdout_indices)
-    if "label" in holdout.column_names and not keep_labels:
+    if is_labelled(holdout) and not keep_labels:
         holdout = holdout.remove_columns("label")
     return dataset.select(train_indices), holdout
 
@@ -141,51 +206,72 @@ def _get_split(name: str, splits: "Mapping[str, datasets.Dataset]", split: str) 
     return splits[split].with_format(None)  # a saved dataset keeps the format that it was given
 
 
-def _get_test_split(
+def _find_test_split(
     name: str, splits: "Mapping[str, datasets.Dataset]", train_split: str, test_split: str | None
-) -> "datasets.Dataset | None":
-    """Return the test split or, where "test" was asked for and is missing, a validation split or `None`."""
-    if test_split is None:
-        return None
-    if test_split == "test" and "test" not in splits:
-        stand_in = next((split for split in VALIDATION_SPLITS if split in splits and split != train_split), None)
-        if stand_in is None:
-            return None
+) -> str | None:
+    """Return the name of the test split or, where "test" was asked for and is missing, of a validation split."""
+    if test_split != "test" or "test" in splits:
+        return test_split
+    stand_in = _first_of(VALIDATION_SPLITS, set(splits) - {train_split})
+    if stand_in is not None:
         logger.info("Dataset %r has no split 'test'; testing on its split %r.", name, stand_in)
-        test_split = stand_in
-    return _get_split(name, splits, test_split)
+    return stand_in
+
+
+def _first_of(names: Iterable[str], splits: Iterable[str]) -> str | None:
+    return next((name for name in names if name in splits), None)
+
+
+def _load_or_get(
+    dataset: str | None,
+    names: Sequence[str],
+    name: str,
+    source: "Mapping[str, datasets.Dataset]",
+    split: str | None,
+) -> "tuple[str, datasets.Dataset] | None":
+    """Return the images of a dataset of their own, in its split of these names or its only one, or of the source's."""
+    if dataset is not None:
+        name, source = dataset, load_splits(dataset, None, "train", names[0])
+        split = _first_of(names, source) or (next(iter(source)) if len(source) == 1 else None)
+        if split is None:
+            raise InputError(
+                f"Dataset {name!r} has the splits {quote(sorted(source))}, and none is called {quote(names)}. Pass a "
+                "folder or a file that holds these images alone."
+            )
+    return None if split is None else (name, _get_split(name, source, split))
 
 
 def _standardize(
-    name: str,
-    train: "datasets.Dataset",
-    test: "datasets.Dataset | None",
-    image_column: str | None,
-    label_column: str | None,
-) -> "tuple[datasets.Dataset, datasets.Dataset | None, list[str] | None]":
-    """Return both splits with the columns `image` and, where labels exist, `label`, and the class names."""
-    train_images = _select_images(name, train, image_column)
-    column = _find_label_column(name, train, label_column)
-    if test is None:
-        class_names, labels = _read_labels(name, train, column)
-        return _add_labels(train_images, labels, class_names), None, class_names
+    splits: "Mapping[str, tuple[str, datasets.Dataset]]", image_column: str | None, label_column: str | None
+) -> "tuple[dict[str, datasets.Dataset], list[str] | None]":
+    """Return splits with the columns `image` and, where labels exist, `label`, and the names of the classes.
 
-    test_images = _select_images(name, test, image_column)
-    column = column or _find_label_column(name, test, label_column)
-    train_names, train_labels = _read_labels(name, train, column)
-    test_names, test_labels = _read_labels(name, test, column)
-    class_names = train_names or test_names
-    unknown = sorted(set(test_labels or ()) - set(class_names or ()))
-    if unknown:
-        raise InputError(
-            f"Dataset {name!r} has the classes {quote(unknown)} in its test images but not in its training images, "
-            f"whose classes are {quote(class_names)}. Add training images of them or remove their test images."
-        )
-    return (
-        _add_labels(train_images, train_labels, class_names),
-        _add_labels(test_images, test_labels, class_names),
-        class_names,
-    )
+    Classes are those of the first split that has labels.
+    """
+    source, column = splits["training"][0], None
+    images, labels, class_names, first = {}, {}, None, None
+    for what, (name, split) in splits.items():
+        # Columns are those of the training images' dataset, where another has them.
+        wanted = [
+            each if name == source or each in split.column_names else None for each in (image_column, label_column)
+        ]
+        images[what] = _select_images(name, split, wanted[0])
+        if column is None or (name != source and column not in split.column_names):
+            own = _find_label_column(name, split, wanted[1])
+        else:
+            own = column
+        column = column or own
+        names, labels[what] = _read_labels(name, split, own)
+        if class_names is None:
+            class_names, first = names, what
+        unknown = sorted(set(labels[what] or ()) - set(class_names or ()))
+        if unknown:
+            raise InputError(
+                f"Dataset {name!r} has the classes {quote(unknown)} in its {what} images but not in its {first} "
+                f"images, whose classes are {quote(class_names)}. Add {first} images of them or remove their {what} "
+                "images."
+            )
+    return {what: _add_labels(images[what], labels[what], class_names) for what in splits}, class_names
 
 
 def _select_images(name: str, dataset: "datasets.Dataset", requested: str | None) -> "datasets.Dataset":
@@ -292,22 +378,86 @@ def _add_labels(
     return images.add_column("label", ids, feature=datasets.ClassLabel(names=class_names))
 
 
+def _renumber(dataset: "datasets.Dataset | None", class_names: list[str]) -> "datasets.Dataset | None":
+    if dataset is None or not is_labelled(dataset):
+        return dataset
+    labels = dataset.features["label"].int2str(dataset["label"][:])
+    return _add_labels(dataset.remove_columns("label"), labels, class_names)
+
+
+def _is_number(class_name: str) -> bool:
+    """Tell whether a class has no name, or transformers' own for those without."""
+    return re.fullmatch(r"(LABEL_)?\d+", class_name) is not None
+
+
 def _split_indices(
-    count: int, fraction: float, seed: int, labels: Sequence[int] | None = None
+    dataset: "datasets.Dataset", fraction: float, seed: int, by_class: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw `fraction` of the indices, the same share of each class by `labels`; return the others and those drawn."""
-    drawn = round(count * fraction)
-    if not 0 < drawn < count:
+    """Draw `fraction` of the indices, the same share of each class if told to; return the others and those drawn."""
+    count = len(dataset)
+    asked = round(count * fraction)
+    if not 0 < asked < count:
         raise InputError(
             f"A fraction of {fraction} of {count} images leaves one side without images. "
             "Give more images or a fraction nearer to 0.5."
         )
-    order = np.random.default_rng(seed).permutation(count)
-    if labels is not None:
-        order = order[np.argsort(np.asarray(labels)[order], kind="stable")]  # class by class, at random within a class
-    every_kth = ((np.arange(drawn) + 0.5) * count / drawn).astype(np.int64)
-    test = np.sort(order[every_kth])
-    return np.setdiff1d(np.arange(count), test), test
+    labels = np.asarray(dataset["label"][:]) if by_class and is_labelled(dataset) else np.zeros(count, np.int64)
+    groups, singles = _name_groups(dataset), np.arange(count)
+    drawn = _draw_groups(groups, labels, asked, seed)
+    if len(np.unique(groups)) < count:
+        uneven = abs(len(drawn) - asked) > min(asked, count - asked) / 2
+        if uneven or set(labels) - set(np.delete(labels, drawn)):
+            logger.warning(
+                "Files that share their name up to the last '_' can't be kept together: there are too few such names. "
+                "Images are drawn one by one, so that crops or frames of one picture may be on both sides; give "
+                "validation and test images of your own if there are any."
+            )
+            drawn = _draw_groups(singles, labels, asked, seed)
+        else:
+            logger.info(
+                "Files that share their name up to the last '_' stay on one side: %d of %d images drawn.",
+                len(drawn),
+                count,
+            )
+    return np.setdiff1d(singles, drawn), drawn
+
+
+def _draw_groups(groups: np.ndarray, labels: np.ndarray, asked: int, seed: int) -> np.ndarray:
+    """Draw whole groups with about `asked` images in all, class by class by the label of each group's first image."""
+    _, first, sizes = np.unique(groups, return_index=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(first))
+    order = order[np.argsort(labels[first][order], kind="stable")]  # class by class, at random within a class
+    # A group is drawn where half of it or more is owed: of groups of one image, every k-th.
+    drawn, owed = [], 0
+    for group in order:
+        owed += asked * sizes[group]
+        if 2 * owed > len(groups) * sizes[group]:
+            drawn.append(group)
+            owed -= len(groups) * sizes[group]
+    return np.flatnonzero(np.isin(groups, drawn))
+
+
+def _name_groups(dataset: "datasets.Dataset") -> np.ndarray:
+    """Return the number of each image's group: files of a folder that share their name up to the last `_`.
+
+    Images without such a name are their own group. So are those of a folder where all share one: it tells nothing, as
+    in IMG_0001.jpg to IMG_0500.jpg.
+    """
+    import datasets
+
+    if not isinstance(dataset.features.get("image"), datasets.Image):
+        return np.arange(len(dataset))
+    images = dataset.with_format(None).select_columns("image").cast_column("image", datasets.Image(decode=False))
+    paths = [PurePath(path or "") for path in images.flatten()["image.path"][:]]  # the bytes are not read
+    keys = [(path.parent, path.stem.rpartition("_")[0]) for path in paths]
+    prefixes = Counter(folder for folder, _ in set(keys))  # how many different ones a folder has
+    numbers: dict[object, int] = {}
+    return np.array(
+        [
+            numbers.setdefault((folder, prefix) if prefix and prefixes[folder] > 1 else index, len(numbers))
+            for index, (folder, prefix) in enumerate(keys)
+        ]
+    )
 
 
 def _take_at_most(dataset: "datasets.Dataset", count: int | None, seed: int, what: str) -> "datasets.Dataset":

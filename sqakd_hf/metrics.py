@@ -16,7 +16,8 @@ _LOGITS = datasets.Sequence(datasets.Value("float32"))
 class TopKAccuracy(evaluate.Metric):
     """Share of images whose label is among the `k` largest logits.
 
-    `compute(predictions=logits (N, K), references=labels (N,), k=1)` returns `{"top{k}_accuracy": float}`.
+    `compute(predictions=logits (N, K), references=labels (N,), k=1)` returns `{"top{k}_accuracy": float}`. A negative
+    label, such as PyTorch's -100, is none: its image does not count.
 
     Examples:
         >>> TopKAccuracy().compute(predictions=[[0.1, 0.9], [0.8, 0.2]], references=[1, 1])
@@ -30,8 +31,11 @@ class TopKAccuracy(evaluate.Metric):
         logits = np.asarray(predictions)
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= logits.shape[1]:
             raise InputError(f"k must be an integer from 1 to the number of classes, {logits.shape[1]}, got {k!r}.")
+        labels = np.asarray(references)
+        if not (labels >= 0).any():
+            raise InputError("No image has a label. Accuracy needs one, 0 or more, of some of them.")
         best = np.argsort(-logits, axis=1, kind="stable")[:, :k]
-        return {f"top{k}_accuracy": float((best == np.asarray(references)[:, None]).any(1).mean())}
+        return {f"top{k}_accuracy": float((best == labels[:, None]).any(1)[labels >= 0].mean())}
 
 
 class TeacherAgreement(evaluate.Metric):

@@ -83,20 +83,26 @@ def reads_labels(terms: Sequence[Term]) -> bool:
 def label_loss(logits: torch.Tensor, labels: torch.Tensor | None, smoothing: float = 0.0) -> torch.Tensor:
     """Return the cross-entropy of `logits` `(B, K)` and the classes `labels` `(B,)`, in float32.
 
-    `smoothing` is the share of the probability that is spread over all classes.
+    `smoothing` is the share of the probability that is spread over all classes. Images whose label is negative have
+    none and are left out; without any label the loss is 0.
 
     Raises:
         `InputError`: No labels, or not one an image.
     """
     if labels is None:
         raise InputError(
-            "The objective has the term 'ce', but the images bring no labels. Leave it out: objective='kl'."
+            "The objective has the term 'ce', but the images bring no labels. Leave it out: objective='kl'; or, where "
+            "only some have one, label the others -100."
         )
     if logits.dim() != 2 or labels.dim() != 1:
         raise InputError(
             f"The term 'ce' needs logits (B, K) and labels (B,), got {tuple(logits.shape)} and {tuple(labels.shape)}."
         )
-    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+    given = labels >= 0
+    total = F.cross_entropy(
+        logits.float(), labels.where(given, -100), ignore_index=-100, reduction="sum", label_smoothing=smoothing
+    )
+    return total / given.sum().clamp(min=1)
 
 
 class Features:

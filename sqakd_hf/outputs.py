@@ -40,7 +40,7 @@ class Prediction:
         """Return per image the share of positions whose class is the label's, and whether any has a label.
 
         `None` for labels of another kind. Maps of labels `(B, H, W)` are compared at their own size, as transformers
-        does; positions labelled 255 or below 0 have none.
+        does. A label below 0 is none, in maps 255 as well.
         """
         logits = self.logits
         if logits.dim() == 4 and labels.dim() == 3:
@@ -49,7 +49,7 @@ class Prediction:
         if found.shape != labels.shape:
             return None
         found, labels = found.reshape(len(found), -1), labels.reshape(len(labels), -1)
-        valid = (labels != 255) & (labels >= 0) if logits.dim() > 2 else torch.ones_like(labels, dtype=torch.bool)
+        valid = (labels >= 0) & (labels != 255) if logits.dim() > 2 else labels >= 0
         return ((found == labels) & valid).sum(1) / valid.sum(1).clamp(min=1), valid.any(1)
 
 

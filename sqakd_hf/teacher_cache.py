@@ -13,13 +13,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
+from .collator import LOGITS, columns
 from .errors import InputError, reason
 from .packing import checksum
 from .repeatable import fetch, own_random_numbers
 
 
-# What collators and the trainer call them; no dataset has such a column of its own.
-LOGITS = "_teacher_logits"
 # As many images are drawn twice to find out whether they are the same both times.
 _CHECKED = 16
 
@@ -40,11 +39,11 @@ class TeacherLogits(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.dataset[index], LOGITS: self._row(index)}
+        return {**columns(self.dataset[index]), LOGITS: self._row(index)}
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         items = fetch(self.dataset, indices)
-        return [{**item, LOGITS: self._row(index)} for item, index in zip(items, indices, strict=True)]
+        return [{**columns(item), LOGITS: self._row(index)} for item, index in zip(items, indices, strict=True)]
 
     def _row(self, index: int) -> torch.Tensor:
         return torch.from_numpy(self._logits[index].copy())

@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy, has_length
 from transformers.utils import PushInProgress
@@ -42,6 +42,7 @@ from .functional import widest_float
 from .html_report import html_report
 from .hub import hub_id
 from .interception import InterceptedModule
+from .last_batch import check_last_batch
 from .layer_error import layer_sqnr
 from .losses import box_loss, check_same_classes, distillation_loss, masked_mean
 from .measurements import Measurements
@@ -368,6 +369,8 @@ class SQAKDTrainer(Trainer):
             if getattr(self.args, option) not in (0, "auto") and not norms:
                 raise InputError(f"{option}: the student has no BatchNorm.")
         self._frozen_norms = norms if self.args.freezes_batch_norm else []
+        if not self._frozen_norms:
+            check_last_batch(self.model, self.args, self.train_dataset, self.data_collator)
 
     @contextlib.contextmanager
     def _images_as_trained(self) -> Iterator[None]:
@@ -725,6 +728,24 @@ class SQAKDTrainer(Trainer):
         if not self.is_in_train and self._measured_as == "student" and self.is_world_process_zero():
             _warn_of_harm(self.results)
         return metrics
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Return the loader of all images: `dataloader_drop_last` is of the training."""
+        with self._last_batch_kept():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Return the loader of all images: `dataloader_drop_last` is of the training."""
+        with self._last_batch_kept():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _last_batch_kept(self) -> Iterator[None]:
+        drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drops
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Run Trainer's loop and replace its loss by exact means over the images; labels are optional."""

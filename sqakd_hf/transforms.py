@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 AUGMENTATIONS = ("none", "crop", "crop-flip", "resized-crop")
 GREY_MODES = ("1", "L", "LA", "I", "F")  # and I;16 with its byte orders
+FORMATS_OF_16_BITS = ("PPM", "PNG")  # whose 16 bits Pillow opens as mode "I" (PNG: before Pillow 11)
 # What Pillow raises for files that it can't decode; OSError includes missing files and unknown formats.
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error)
 
@@ -30,8 +31,10 @@ class ImageTransform:
     """Turn a batch of encoded images into normalised tensors, for `dataset.with_transform(transform)`.
 
     Images are turned upright by their EXIF orientation and converted to RGB or to grey, whichever the model takes
-    (warned of once); 16 bits become 8, and transparent parts are composed over white. The result is
-    `(pixels / 255 - mean) / std`.
+    (warned of once), and transparent parts are composed over white. The result is `(pixels / 255 - mean) / std`, of
+    pixels in 8 bits: 16 bits are divided by 257, floats, of which 1 is white, multiplied by 255. No image is scaled by
+    its own contents: floats outside [0, 1] are an error, and so are 32-bit integers, whose white nobody has agreed on,
+    unless their file has 16 bits (PGM).
 
     Args:
         size (`int`): Height and width of the result, in pixels.
@@ -112,6 +115,8 @@ class ImageTransform:
         try:
             if value is None:
                 raise ValueError("it is missing")
+            if not isinstance(value, PIL.Image.Image | Mapping):
+                raise TypeError(f"it is a {type(value).__name__}")
             image = value if isinstance(value, PIL.Image.Image) else datasets.Image().decode_example(value)
             self._warn_of_channels(image)
             return _convert_mode(image, self._mode)
@@ -119,8 +124,8 @@ class ImageTransform:
             path = value.get("path") if isinstance(value, dict) else None
             what = f"Image '{path}'" if path else f"Image number {number} of the batch"
             raise InputError(
-                f"{what} can't be read ({reason(error)}); accepted are image files that Pillow opens. "
-                "Remove or replace it."
+                f"{what} can't be read ({reason(error)}); accepted are Pillow's images and the files that it opens, "
+                "of 8 or 16 bits or of floats from 0 to 1. Remove or replace it."
             ) from error
 
     def _warn_of_channels(self, image: "PIL.Image.Image") -> None:
@@ -193,15 +198,31 @@ def _build_reshape(size: int, crop_pct: float, interpolation: str, augment: str)
 
 
 def _convert_mode(image: "PIL.Image.Image", mode: str) -> "PIL.Image.Image":
-    """Convert an image to `"RGB"` or `"L"`: 16 bits scaled to 8, transparent parts composed over white."""
+    """Convert an image to `"RGB"` or `"L"`: wider pixels brought to 8 bits, transparent parts composed over white."""
     import PIL.Image
 
     if image.mode == mode and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
-        pixels = np.asarray(image).clip(0, 65535)
-        image = PIL.Image.fromarray(np.rint(pixels / 257).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _to_8_bits(image)
+    if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
     return image.convert(mode)
+
+
+def _to_8_bits(image: "PIL.Image.Image") -> "PIL.Image.Image":
+    """Return a grey image of wider pixels in 8 bits: what is white follows from its kind, never from its contents."""
+    import PIL.Image
+
+    levels = np.asarray(image)
+    if image.mode == "F":
+        if not ((levels >= 0) & (levels <= 1)).all():  # NaN is neither
+            raise ValueError(f"its floats reach from {levels.min():g} to {levels.max():g}, and 1 is white")
+        levels = levels.astype(np.float64) * 65535
+    elif image.mode == "I" and image.format not in FORMATS_OF_16_BITS:
+        raise ValueError("it holds 32-bit integers, which do not tell what is white")
+    grey = PIL.Image.fromarray(np.rint(levels / 257).astype(np.uint8))
+    if "transparency" in image.info:
+        grey.putalpha(PIL.Image.fromarray(levels != image.info["transparency"]).convert("L"))
+    return grey

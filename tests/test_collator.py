@@ -1,6 +1,7 @@
 import re
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -22,7 +23,7 @@ class TestImageCollator:
             torch.equal(image, row["pixel_values"]) for image, row in zip(batch["pixel_values"], rows, strict=True)
         )
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
     def test_keeps_their_dtype(self, dtype):
         rows = [{"pixel_values": torch.ones(1, 2, 2, dtype=dtype)} for _ in range(2)]
         assert ImageCollator()(rows)["pixel_values"].dtype == dtype
@@ -56,6 +57,28 @@ class TestImageCollator:
     def test_leaves_out_labels_that_are_none(self):
         assert list(ImageCollator()(features(label=[None] * 3))) == ["pixel_values"]
 
+    @pytest.mark.parametrize("values", [[3, None, 2], [None, 3, 2], [None, None, 2]], ids=str)
+    def test_an_image_without_label_in_a_labelled_batch_gets_the_number_of_none(self, values):
+        expected = [-100 if value is None else value for value in values]
+        assert ImageCollator()(features(label=values))["labels"].tolist() == expected
+        rows = features()
+        for row, value in zip(rows, values, strict=True):
+            row |= {} if value is None else {"labels": value}
+        assert ImageCollator()(rows)["labels"].tolist() == expected
+
+    def test_a_map_of_labels_may_be_missing_too(self):
+        batch = ImageCollator()(features(labels=[None, torch.ones(4, 5), None]))
+        assert batch["labels"].unique().tolist() == [-100, 1] and batch["labels"].shape == (3, 4, 5)
+
+    def test_an_image_without_mask_is_valid_everywhere(self):
+        for key in ("valid_mask", "pixel_mask"):
+            batch = ImageCollator()(features(**{key: [None, torch.zeros(4, 5), None]}))
+            assert batch[key].flatten(1).all(1).tolist() == [True, False, True]
+
+    @pytest.mark.parametrize("make", [lambda i: [i], lambda i: np.array([i]), lambda i: torch.tensor([i])])
+    def test_a_class_number_may_come_in_a_vector_of_one(self, make):
+        assert ImageCollator()(features(label=[make(3), make(0), 2]))["labels"].tolist() == [3, 0, 2]
+
     def test_class_zero_is_a_label(self):
         assert ImageCollator()(features(1, label=[0]))["labels"].tolist() == [0]
 
@@ -76,8 +99,48 @@ class TestImageCollator:
         with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
             ImageCollator()([{"label": 1, "image": None}])
 
+    @pytest.mark.parametrize("pair", [tuple, list])
+    def test_takes_the_pairs_of_torchvision(self, pair):
+        rows = features(label=[2, 0, 1])
+        batch = ImageCollator()([pair((row["pixel_values"], row["label"])) for row in rows])
+        expected = ImageCollator()(rows)
+        assert batch.keys() == expected.keys() and all(torch.equal(batch[key], expected[key]) for key in expected)
+        assert list(ImageCollator()([pair((row["pixel_values"],)) for row in rows])) == ["pixel_values"]
 
-@pytest.mark.parametrize("boxes", [{"boxes": [1]}, [{"bbox": [1, 2, 3, 4]}], [[{"id": 1}]]])
+    def test_images_of_several_sizes_are_named_by_their_shapes(self):
+        rows = [{"pixel_values": torch.zeros(3, 8, side)} for side in (8, 8, 9)]
+        with pytest.raises(
+            InputError, match=r"^'pixel_values' of one batch .*, got \(3, 8, 8\) and \(3, 8, 9\)\. Res"
+        ):
+            ImageCollator()(rows)
+
+    def test_label_maps_of_several_sizes_are_named_by_their_shapes(self):
+        with pytest.raises(InputError, match=r"^'labels' of one batch must have one shape, got \(2, 2\) and \(3, 3\)"):
+            ImageCollator()(features(2, labels=[torch.zeros(2, 2), torch.zeros(3, 3)]))
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, torch.bool], ids=str)
+    def test_images_that_are_no_floats_are_refused(self, dtype):
+        rows = [{"pixel_values": torch.ones(1, 2, 2, dtype=dtype)} for _ in range(2)]
+        for given in (rows, rows[:1], [{"pixel_values": row["pixel_values"].numpy()} for row in rows]):
+            with pytest.raises(InputError, match=f"must be floats, normalised as the model expects them, got {dtype}"):
+                ImageCollator()(given)
+
+    @pytest.mark.parametrize("value", [PIL.Image.new("RGB", (4, 4)), "a.png", None, [[1.0], [1.0, 2.0]]])
+    def test_what_is_no_tensor_is_named_by_its_type(self, value):
+        with pytest.raises(InputError, match=f"'pixel_values' must hold tensors.*got a {type(value).__name__}. Give"):
+            ImageCollator()([{"pixel_values": value}])
+        with pytest.raises(InputError, match="'label' must hold tensors, arrays or numbers, got a str"):
+            ImageCollator()(features(1, label=["cat"]))
+
+    def test_what_is_neither_a_dict_nor_a_pair_is_named_by_its_type(self):
+        for item in (torch.zeros(3, 2, 2), (1, 2, 3), PIL.Image.new("L", (2, 2))):
+            with pytest.raises(
+                InputError, match=f"yields a {type(item).__name__}; accepted are dicts with 'pixel_val"
+            ):
+                ImageCollator()([item])
+
+
+@pytest.mark.parametrize("boxes", [{"boxes": [1]}, [{"bbox": [1, 2, 3, 4]}], [[{"id": 1}]], []])
 def test_annotations_of_detectors_are_no_labels(boxes):
     batch = ImageCollator()([{"pixel_values": torch.zeros(3, 2, 2), "labels": boxes}])
     assert list(batch) == ["pixel_values"]

@@ -1,5 +1,6 @@
 import io
 import logging
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -7,7 +8,7 @@ import PIL.Image
 import pytest
 
 from sqakd_hf import data as data_module
-from sqakd_hf.data import load_image_data, split_holdout
+from sqakd_hf.data import is_labelled, load_image_data, split_holdout
 from sqakd_hf.errors import InputError
 
 
@@ -117,6 +118,142 @@ class TestSplits:
     def test_a_single_image_can_not_be_split(self, load):
         with pytest.raises(InputError, match="A fraction of 0.2 of 1 images leaves one side without images"):
             load({"train": image_dataset(1)})
+
+
+class TestValidation:
+    @pytest.mark.parametrize("name", ["validation", "valid", "val"])
+    def test_a_validation_split_beside_a_test_split_is_for_choosing(self, load, name):
+        splits = {"train": image_dataset(4), name: image_dataset(3), "test": image_dataset(2)}
+        data = load(splits)
+        assert (len(data.train), len(data.validation), len(data.test)) == (4, 3, 2)
+        assert data.validation.features == data.train.features
+        assert load(splits, test_split=None).test is None and len(load(splits, test_split=None).validation) == 3
+
+    def test_one_that_is_tested_or_trained_on_is_not_for_choosing(self, load, caplog):
+        splits = {"train": image_dataset(4), "val": image_dataset(3)}
+        with caplog.at_level(logging.INFO, logger="sqakd_hf.data"):
+            data = load(splits)
+        assert len(data.test) == 3 and data.validation is None
+        assert "has no split 'test'; testing on its split 'val'" in caplog.text
+        assert load(splits, test_split="val").validation is None
+        assert load({**splits, "test": image_dataset(2)}, train_split="val").validation is None
+
+    def test_labels_are_numbered_as_in_training(self, load):
+        renamed = datasets.ClassLabel(names=["dog", "owl", "cat"])
+        validation = image_dataset(3, label=[0, 1, 2]).cast_column("label", renamed)
+        splits = {"train": image_dataset(3, label=[0, 1, 2]), "test": image_dataset(1), "validation": validation}
+        data = load(splits)
+        assert data.validation["label"][:] == [1, 2, 0] and not is_labelled(data.test)
+        with pytest.raises(InputError, match="'emu' in its validation images but not in its training images"):
+            kinds = ["cat", "cat", "emu"]
+            load(
+                {
+                    "train": image_dataset(3, kind=["cat"] * 3),
+                    "test": image_dataset(1),
+                    "validation": image_dataset(3, kind=kinds),
+                },
+                label_column="kind",
+            )
+
+    def test_each_split_tells_whether_it_is_labelled(self, load):
+        labelled, plain = image_dataset(2, label=[0, 1]), image_dataset(2)
+        for kinds in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1), (0, 0, 0)):
+            names = zip(("train", "test", "validation"), kinds, strict=True)
+            data = load({name: labelled if kind else plain for name, kind in names})
+            found = tuple(map(is_labelled, (data.train, data.test, data.validation)))
+            assert found == tuple(map(bool, kinds))
+            assert data.class_names == (["cat", "dog", "owl"] if any(kinds) else None)
+
+
+class TestDatasetsOfTheirOwn:
+    @pytest.fixture
+    def load(self, monkeypatch):
+        def load(sources, **options):
+            monkeypatch.setattr(data_module, "load_splits", lambda name, *args: sources[name])
+            return load_image_data("pets", **options)
+
+        return load
+
+    def test_they_take_the_place_of_splits(self, load):
+        pets = {"train": image_dataset(10), "validation": image_dataset(3), "test": image_dataset(2)}
+        others = {"train": image_dataset(5)}
+        data = load({"pets": pets, "more": others}, test_dataset="more")
+        assert (len(data.train), len(data.validation), len(data.test)) == (10, 3, 5)
+        data = load({"pets": pets, "more": others}, validation_dataset="more")
+        assert (len(data.train), len(data.validation), len(data.test)) == (10, 5, 2)
+
+    def test_nothing_is_split_off_and_a_validation_split_stays_one(self, load):
+        sources = {"pets": {"train": image_dataset(10)}, "more": {"train": image_dataset(5)}}
+        assert len(load(sources, test_dataset="more").train) == 10
+        assert len(load(sources, validation_dataset="more").train) == 8  # test images are still split off
+        sources["pets"]["val"] = image_dataset(3)
+        data = load(sources, test_dataset="more", max_test_images=4)
+        assert (len(data.validation), len(data.test)) == (3, 4)
+
+    def test_their_own_split_of_that_kind_comes_first(self, load):
+        more = {"train": image_dataset(5), "val": image_dataset(3), "test": image_dataset(2)}
+        sources = {"pets": {"train": image_dataset(9)}, "more": more, "only": {"zoo": image_dataset(4)}}
+        data = load(sources, test_dataset="more", validation_dataset="more")
+        assert (len(data.validation), len(data.test)) == (3, 2)
+        assert len(load(sources, test_dataset="only").test) == 4
+        del more["val"]
+        with pytest.raises(InputError, match="'more' has the splits 'test', 'train', and none is called 'validation'"):
+            load(sources, validation_dataset="more")
+
+    def test_labels_are_numbered_as_in_training_and_found_in_their_own_columns(self, load):
+        renamed = datasets.ClassLabel(names=["owl", "dog"])
+        more = image_dataset(2, labels=[0, 1]).cast_column("labels", renamed).rename_column("image", "photo")
+        sources = {"pets": {"train": image_dataset(3, kind=["cat", "owl", "dog"])}, "more": {"train": more}}
+        data = load(sources, label_column="kind", image_column="image", test_dataset="more")
+        assert data.class_names == ["cat", "dog", "owl"] and data.test["label"][:] == [2, 1]
+        with pytest.raises(InputError, match="Dataset 'more' has the classes 'owl' in its test images but not in its"):
+            sources["pets"] = {"train": image_dataset(2, kind=["cat", "dog"])}
+            load(sources, label_column="kind", test_dataset="more")
+
+    def test_folders(self, tmp_path):
+        for folder, count in (("train/cat", 3), ("train/dog", 3), ("later/dog", 2), ("later/cat", 1), ("new", 4)):
+            (tmp_path / folder).mkdir(parents=True)
+            for index in range(count):
+                PIL.Image.new("L", (4, 4)).save(tmp_path / folder / f"{index}.png")
+        names = {name: str(tmp_path / name) for name in ("train", "later", "new")}
+        data = load_image_data(names["train"], test_dataset=names["later"], validation_dataset=names["new"])
+        assert (len(data.train), len(data.test), len(data.validation)) == (6, 3, 4)
+        assert data.test["label"][:] == [0, 1, 1] and not is_labelled(data.validation)
+        with pytest.raises(InputError, match="'nowhere/' is not there"):
+            load_image_data(names["train"], test_dataset="nowhere/")
+
+
+class TestNumberedLike:
+    @pytest.fixture
+    def data(self, load):
+        labelled = image_dataset(3, label=[0, 2, 1])
+        return load({"train": labelled, "test": image_dataset(1), "validation": labelled})
+
+    def test_classes_that_the_model_has_by_name_get_its_numbers(self, data):
+        found = data.numbered_like(["owl", "emu", "cat", "dog"])
+        assert found.class_names == ["owl", "emu", "cat", "dog"] == found.train.features["label"].names
+        assert found.train["label"][:] == found.validation["label"][:] == [2, 0, 3]
+        assert first_pixels(found.train) == [0, 1, 2] and not is_labelled(found.test)
+
+    def test_the_same_classes_and_unlabelled_images_stay(self, data, load):
+        assert data.numbered_like(["cat", "dog", "owl"]) is data
+        plain = load({"train": image_dataset(2), "test": image_dataset(2)})
+        assert plain.numbered_like(["a"]) is plain
+
+    def test_as_many_of_other_names_are_taken_in_their_order_and_it_is_said(self, data, caplog):
+        assert data.numbered_like(["tabby", "hound", "bird"]) is data
+        assert "'cat', 'dog', 'owl', are called otherwise than the model's, 'tabby', 'hound', 'bird'." in caplog.text
+
+    @pytest.mark.parametrize("names", [["LABEL_0", "LABEL_1", "LABEL_2"], ["0", "1", "2"]])
+    def test_numbers_are_no_names_to_differ_from(self, data, names, caplog):
+        assert data.numbered_like(names) is data and not caplog.records
+
+    @pytest.mark.parametrize("names", [["cat", "dog"], ["LABEL_0"], ["a", "b", "c", "d"]], ids=len)
+    def test_classes_that_the_model_does_not_have_are_refused(self, data, names):
+        with pytest.raises(
+            InputError, match=f"The model has {len(names)} classes but the images have 3, 'cat', 'dog'"
+        ):
+            data.numbered_like(names)
 
 
 class TestColumns:
@@ -245,6 +382,131 @@ class TestArguments:
         monkeypatch.setattr(data_module, "load_splits", lambda *args: asked.append(args) or {"a": image_dataset(2)})
         load_image_data("pets", config_name="small", train_split="a", test_split=None)
         assert asked == [("pets", "small", "a", None)]
+
+
+def named_images(names, label=None):
+    """Return images with these paths, which hold nothing."""
+    columns = {"image": [{"bytes": b"x", "path": name} for name in names]}
+    features = {"image": datasets.Image(decode=False)}
+    if label is not None:
+        columns["label"], features["label"] = label, datasets.ClassLabel(names=["cat", "dog", "owl"])
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def split_by_image(count, fraction, seed, labels=None):
+    """The split of images that have nothing to do with each other: every k-th of a random order, class by class."""
+    drawn = round(count * fraction)
+    order = np.random.default_rng(seed).permutation(count)
+    if labels is not None:
+        order = order[np.argsort(np.asarray(labels)[order], kind="stable")]
+    return np.sort(order[((np.arange(drawn) + 0.5) * count / drawn).astype(np.int64)]).tolist()
+
+
+def drawn_of(dataset, fraction, seed, load=None):
+    """The indices that are held out, or split off by class."""
+    numbered = dataset.add_column("index", range(len(dataset)))
+    if load is None:
+        return split_holdout(numbered, fraction, seed)[1]["index"][:]
+    test = load({"train": dataset}, test_fraction=fraction, seed=seed).test
+    by_path = {item["path"]: index for index, item in enumerate(dataset["image"])}
+    return [by_path[item["path"]] for item in test["image"]]
+
+
+CROPS = [f"{picture:03d}_{crop:02d}.jpg" for picture in range(30) for crop in range(1 + picture % 5)]
+
+
+class TestImagesOfOneName:
+    @pytest.mark.parametrize("fraction", [0.1, 0.2, 0.5])
+    @pytest.mark.parametrize("folder", ["", "crops/", "/data/a_b/"])
+    def test_stay_on_one_side(self, fraction, folder, load, caplog):
+        for seed in range(5):
+            for loads in (None, load):
+                drawn = drawn_of(named_images([folder + name for name in CROPS]), fraction, seed, loads)
+                held = {CROPS[index].split("_")[0] for index in drawn}
+                trained = {CROPS[index].split("_")[0] for index in set(range(len(CROPS))) - set(drawn)}
+                assert not held & trained and held and trained
+                # Half of the largest group may be missing or too many.
+                assert abs(len(drawn) - fraction * len(CROPS)) <= 3
+        assert not caplog.records
+        assert len({tuple(drawn_of(named_images(CROPS), fraction, seed)) for seed in range(5)}) == 5
+
+    def test_stay_there_by_class_too(self, load):
+        for seed in range(5):
+            names = [f"{pet}/{name}" for pet in ("cat", "dog", "owl") for name in CROPS]
+            label = [index // len(CROPS) for index in range(len(names))]
+            drawn = drawn_of(named_images(names, label), 0.2, seed, load)
+            groups = {names[index].rpartition("_")[0] for index in drawn}
+            assert sum(name.rpartition("_")[0] in groups for name in names) == len(drawn)
+            assert np.bincount([label[index] for index in drawn]) / len(CROPS) == pytest.approx([0.2] * 3, abs=0.06)
+
+    def test_groups_are_of_one_folder(self):
+        names = [f"{day}/{camera}_{shot}.jpg" for day in range(20) for camera in "ab" for shot in range(2)]
+        drawn = drawn_of(named_images(names), 0.25, 0)
+        held = {names[index].rpartition("_")[0] for index in drawn}
+        assert len(held) == 10 and len(drawn) == 20 and len({name.split("/")[0] for name in held}) > 5
+
+    @pytest.mark.parametrize(
+        "names",
+        [
+            [f"IMG_{index:04d}.jpg" for index in range(50)],
+            [f"{pet}/img_{index:04d}.jpg" for pet in ("cat", "dog") for index in range(25)],
+            [f"{index:04d}.jpg" for index in range(50)],
+            [f"{index:04d}_cat.jpg" for index in range(50)],
+            [f"_{index}.jpg" for index in range(49)] + ["a_b/c_d.jpg"],
+            [None] * 50,
+        ],
+        ids=["camera", "classes", "numbers", "numbers first", "no name", "no path"],
+    )
+    def test_names_that_tell_nothing_change_nothing(self, names, caplog):
+        for seed, fraction in ((0, 0.1), (1, 0.2), (2, 0.31)):
+            assert drawn_of(named_images(names), fraction, seed) == split_by_image(50, fraction, seed)
+        assert not caplog.records
+
+    def test_names_that_tell_nothing_change_nothing_by_class(self, load):
+        rng = np.random.default_rng(0)
+        for count in (10, 50, 333):
+            labels = rng.integers(0, 3, count).tolist()
+            dataset = named_images([f"{index}.jpg" for index in range(count)], labels)
+            for seed, fraction in ((0, 0.1), (1, 0.2), (2, 0.31), (3, 0.5)):
+                assert drawn_of(dataset, fraction, seed, load) == split_by_image(count, fraction, seed, labels)
+
+    def test_the_digits_are_split_as_before(self):
+        everything = load_image_data("digits", test_split=None).train
+        data = load_image_data("digits", seed=42)
+        assert data.test[:] == everything.select(split_by_image(1797, 0.2, 42, everything["label"][:]))[:]
+        holdout = split_holdout(data.train, 0.1, 42, keep_labels=True)[1]
+        assert holdout[:] == data.train.select(split_by_image(1438, 0.1, 42))[:]
+
+    @pytest.mark.parametrize(
+        "names",
+        [
+            [f"film{film}_{frame}.png" for film in range(2) for frame in range(25)],
+            [f"IMG_{index}.jpg" for index in range(48)] + ["cat.jpg", "dog.jpg"],
+        ],
+        ids=["two films", "one big group"],
+    )
+    def test_too_few_names_are_said_and_images_drawn_one_by_one(self, names, caplog):
+        assert drawn_of(named_images(names), 0.2, 0) == split_by_image(50, 0.2, 0)
+        assert "can't be kept together" in caplog.text and caplog.records[0].levelname == "WARNING"
+
+    def test_no_class_is_taken_from_training(self, load, caplog):
+        # The one picture of a class has many crops: to keep them together would be to test on a class unseen.
+        names = [f"{index}.jpg" for index in range(40)] + [f"owl_{crop}.jpg" for crop in range(10)]
+        for seed in range(5):
+            data = load({"train": named_images(names, [0, 1] * 20 + [2] * 10)}, seed=seed)
+            assert set(data.train["label"]) == {0, 1, 2}
+
+    def test_images_that_are_decoded_already_are_held_out_too(self, tmp_path):
+        files = [str(tmp_path / name) for name in CROPS[:30]]
+        for file in files:
+            PIL.Image.new("L", (2, 2)).save(file)
+        dataset = datasets.Dataset.from_dict({"image": files}, features=datasets.Features({"image": datasets.Image()}))
+        train, holdout = split_holdout(dataset.with_transform(lambda batch: batch), 0.3, seed=0)
+        sides = [{Path(item["image"].filename).name.split("_")[0] for item in side} for side in (train, holdout)]
+        assert not sides[0] & sides[1]
+
+    def test_a_dataset_without_images_is_split_too(self):
+        assert len(split_holdout(datasets.Dataset.from_dict({"x": range(10)}), 0.2, seed=0)[1]) == 2
 
 
 class TestSplitHoldout:

@@ -16,13 +16,34 @@ ROOT = Path(sqakd_hf.__file__).parent
 # A module imports from lower layers only; the modules of the package `quantizers` count as one.
 LAYERS = [
     {"errors", "functional", "hub", "recompute", "repeatable", "timing"},
-    {"losses", "feature_losses", "quantizers", "packing", "checkpoint", "measurements", "models", "stream"},
+    {
+        "losses",
+        "feature_losses",
+        "quantizers",
+        "packing",
+        "checkpoint",
+        "collator",
+        "measurements",
+        "models",
+        "stream",
+    },
     {"metrics", "layers", "configuration", "outputs", "teacher_cache", "record"},
-    {"standardized", "multihead", "interception", "teacher", "collator", "accumulation", "oscillation"},
+    {"standardized", "multihead", "interception", "teacher", "accumulation", "oscillation"},
     {"timm_layers", "bit_layers", "trace"},
     {"plan"},
     {"convert", "manifest", "report", "transforms", "sources", "features"},
-    {"data", "modeling", "interrupt", "non_finite", "objective", "delta", "progressive", "layer_error", "html_report"},
+    {
+        "data",
+        "modeling",
+        "interrupt",
+        "non_finite",
+        "objective",
+        "delta",
+        "progressive",
+        "layer_error",
+        "html_report",
+        "last_batch",
+    },
     {"training_args", "card"},
     {"push"},
     {"hf_quantizer"},
@@ -39,6 +60,7 @@ MAY_IMPORT_TRANSFORMERS = {
     "hf_quantizer",
     "training_args",
     "interrupt",
+    "last_batch",
     "modeling",
     "record",
     "trainer",
@@ -189,7 +211,7 @@ class TestImport:
     def test_loads_the_rest_on_first_use(self, fresh):
         before, after = (set(json.loads(line)) for line in fresh.stdout.splitlines())
         loaded = {name for name in after - before if name.startswith("sqakd_hf")}
-        assert loaded == {"sqakd_hf.collator", "sqakd_hf.teacher_cache", "sqakd_hf.repeatable"}
+        assert loaded == {"sqakd_hf.collator"}
         assert not {"sqakd_hf.data", "sqakd_hf.modeling", "sqakd_hf.trainer"} & after
 
 

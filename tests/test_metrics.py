@@ -26,6 +26,13 @@ class TestTopKAccuracy:
     def test_k_is_one_by_default(self):
         assert TopKAccuracy().compute(predictions=LOGITS, references=LABELS) == {"top1_accuracy": 0.5}
 
+    @pytest.mark.parametrize("missing", [-1, -100])
+    def test_a_negative_label_is_none(self, missing):
+        found = TopKAccuracy().compute(predictions=LOGITS, references=[2, missing, 0, missing])
+        assert found == {"top1_accuracy": 0.5}
+        with pytest.raises(InputError, match="No image has a label"):
+            TopKAccuracy().compute(predictions=LOGITS, references=[missing] * 4)
+
     def test_equal_logits_count_for_the_first_classes(self):
         # Otherwise a dead network, whose logits are all the same, would be right about every label.
         flat = [[0.0] * 1000] * 4

@@ -13,8 +13,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 from sqakd_hf import InputError, QuantizationConfig, SQAKDTrainer, distillation_loss, quantize_model
 from sqakd_hf import models as sqakd_models
 from sqakd_hf.features import find_lattice_layer, find_stages
-from sqakd_hf.objective import FEATURE_TERMS, TERMS, parse_objective
-from tests.conftest import TinyConvNet, tiny_vit
+from sqakd_hf.objective import FEATURE_TERMS, TERMS, label_loss, parse_objective
+from tests.conftest import CLASSES, TinyConvNet, tiny_vit
 from tests.test_trainer import Images, arguments, assert_same_state, make_trainer, models, timm_resnet
 
 
@@ -94,6 +94,24 @@ class TestTerms:
         trainer = make_trainer(tmp_path, objective="ce + kl")
         with pytest.raises(InputError, match="bring no labels"):
             trainer.train()
+
+    @pytest.mark.parametrize("missing", [-1, -100])
+    @pytest.mark.parametrize("smoothing", [0.0, 0.3])
+    def test_images_without_label_are_left_out(self, missing, smoothing):
+        logits = torch.randn(6, CLASSES, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        labels = torch.tensor([0, missing, 3, 1, missing, missing])
+        loss = label_loss(logits, labels, smoothing)
+        expected = F.cross_entropy(logits[labels >= 0], labels[labels >= 0], label_smoothing=smoothing)
+        torch.testing.assert_close(loss, expected)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert gradient.any(1).tolist() == (labels >= 0).tolist()
+
+    @pytest.mark.parametrize("missing", [-1, -100])
+    def test_a_batch_without_any_label_teaches_nothing_by_them(self, missing):
+        logits = torch.randn(3, CLASSES, requires_grad=True)
+        loss = label_loss(logits, torch.full((3,), missing))
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert loss == 0 and not gradient.any()
 
     def test_evaluation_reports_the_divergence_whatever_training_minimises(self, tmp_path):
         found = []

@@ -111,6 +111,11 @@ class TestPrediction:
         share, counts = Prediction(logits).hits(labels)
         assert share[0].item() == pytest.approx(2 / 3) and counts.tolist() == [True, False]
 
+    @pytest.mark.parametrize("missing", [-1, -100])
+    def test_an_image_whose_label_is_negative_is_neither_right_nor_wrong(self, missing):
+        share, counts = Prediction(torch.eye(300)[[1, 255, 2]]).hits(torch.tensor([1, 255, missing]))
+        assert counts.tolist() == [True, True, False] and share.tolist() == [1, 1, 0]  # 255 is a class here
+
     def test_labels_of_another_kind_are_not_compared(self):
         assert Prediction(torch.zeros(2, 5, 3)).hits(torch.tensor([1, 2])) is None
 

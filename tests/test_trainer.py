@@ -270,6 +270,36 @@ class TestOptimizer:
 
 
 class TestEvaluation:
+    @pytest.mark.parametrize("missing", [-1, -100, None])
+    @pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)], ids=["first", "last"])
+    def test_images_without_label_are_neither_right_nor_wrong(self, tmp_path, missing, order):
+        trainer = make_trainer(tmp_path, labelled=True)
+        trainer.calibrate()
+        every = list(trainer.eval_dataset)
+        labelled = [1, 2, 4]  # the last batch has none
+        right = trainer.teacher.models[0].eval()(torch.stack([item["pixel_values"] for item in every])).argmax(1)
+        some = [{**item, "label": right[i] if i in labelled else missing} for i, item in enumerate(every)][order]
+        metrics = trainer.evaluate(some)
+        assert trainer.results["teacher"]["accuracy"] == 1
+        assert metrics["eval_accuracy"] == trainer.evaluate([every[i] for i in labelled])["eval_agreement"]
+        assert metrics["eval_agreement"] == pytest.approx(trainer.evaluate(every)["eval_agreement"], abs=1e-12)
+
+    def test_without_any_label_there_is_no_accuracy(self, tmp_path):
+        trainer = make_trainer(tmp_path, labelled=True)
+        trainer.calibrate()
+        metrics = trainer.evaluate([{**item, "label": -100} for item in trainer.eval_dataset])
+        assert "eval_loss" in metrics and "eval_accuracy" not in metrics
+
+    def test_all_images_count_where_the_training_drops_its_last_batch(self, tmp_path):
+        trainer = make_trainer(tmp_path, labelled=True, dataloader_drop_last=True)
+        trainer.calibrate()
+        expected = make_trainer(tmp_path, labelled=True)
+        expected.calibrate()
+        metrics = trainer.evaluate()
+        assert trainer.results["calibrated"]["images"] == 11
+        assert all(metrics[f"eval_{key}"] == expected.evaluate()[f"eval_{key}"] for key in ("loss", "accuracy"))
+        assert len(trainer.predict(trainer.eval_dataset).predictions) == 11 and trainer.args.dataloader_drop_last
+
     def test_means_are_exact_over_an_uneven_last_batch(self, tmp_path):
         trainer = make_trainer(tmp_path, labelled=True)
         trainer.calibrate()
@@ -619,6 +649,29 @@ class TestSaving:
         alone = SQAKDTrainer(student, teacher, arguments(tmp_path), eval_dataset=data)
         with pytest.raises(InputError, match="Layers are measured on training images"):
             alone.measure_layers()
+
+
+class TestPairs:
+    @pytest.mark.parametrize("cached", [False, True])
+    def test_pairs_of_image_and_label_train_and_are_measured_like_columns(self, tmp_path, cached):
+        class Pairs(Images):
+            fingerprint = "pairs"
+
+            def __getitem__(self, index):
+                item = super().__getitem__(index)
+                return item["pixel_values"], item["label"]
+
+        found = []
+        for name, kind in (("columns", Images), ("pairs", Pairs)):
+            student, teacher = models()
+            cache = {"cache_teacher_logits": str(tmp_path / name)} if cached and kind is Pairs else {}
+            args = arguments(tmp_path / name, objective="kl + ce", **cache)
+            data = kind(labelled=True)
+            trainer = SQAKDTrainer(student, teacher, args, data, data)
+            trainer.train()
+            metrics = trainer.evaluate()
+            found.append([metrics[f"eval_{key}"] for key in ("loss", "agreement", "accuracy")])
+        assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 class TestBadInput:

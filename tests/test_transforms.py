@@ -137,7 +137,7 @@ class TestImageTransform:
 
     def test_matching_channels_are_silent(self, caplog):
         transforms.warn_once.cache_clear()
-        for mode in ("1", "L", "LA", "I;16", "I", "F"):
+        for mode in ("1", "L", "LA", "I;16", "F"):
             ImageTransform(4, HALF, HALF)({"image": [PIL.Image.new(mode, (4, 4))]})
         for mode in ("RGB", "P", "RGBA", "PA", "CMYK"):
             ImageTransform(4, HALF * 3, HALF * 3)({"image": [PIL.Image.new(mode, (4, 4))]})
@@ -216,10 +216,64 @@ class TestDecoding:
         for format in ("PNG", "TIFF"):
             assert self.decode(encode(image, format), channels=1).flatten().tolist() == [0, 1, 100, 255]
 
-    def test_32_bits_are_scaled_from_16_if_they_hold_more_than_a_byte(self):
-        for values, expected in (([0, 255], [0, 255]), ([-5, 257], [0, 1]), ([25700, 70000], [100, 255])):
-            image = PIL.Image.fromarray(np.array([values, values], np.int32))
-            assert self.decode(encode(image, "TIFF"), channels=1)[0, 0].tolist() == expected
+    @pytest.mark.parametrize("dtype", ["<u2", ">u2"])
+    def test_16_bits_are_scaled_in_either_byte_order(self, dtype):
+        image = PIL.Image.fromarray(np.array([[0, 257], [25700, 65535]], dtype))
+        assert self.decode(image, channels=1).flatten().tolist() == [0, 1, 100, 255]
+
+    def test_16_bits_of_a_pgm_which_pillow_opens_with_32_are_scaled(self):
+        for values in ([0, 1], [257, 65535]):  # dark and bright: the same rule
+            encoded = encode(PIL.Image.fromarray(np.array([values, values], np.uint16)), "PPM")
+            assert PIL.Image.open(io.BytesIO(encoded["bytes"])).mode == "I"
+            assert self.decode(encoded, channels=1)[0, 0].tolist() == [round(value / 257) for value in values]
+
+    def test_the_transparent_grey_of_16_bits_is_white(self):
+        image = PIL.Image.fromarray(np.array([[300, 301], [25700, 0]], np.uint16))
+        image.info["transparency"] = 300
+        assert self.decode(image, channels=1).flatten().tolist() == [255, 1, 100, 0]
+
+    @pytest.mark.parametrize("highest", [1, 51, 255])
+    def test_a_float_of_1_is_white_whatever_else_the_image_holds(self, highest):
+        expected = np.array([[0, 1], [highest, highest // 2]])
+        for dtype in (np.float32, np.float64):
+            image = PIL.Image.fromarray((expected / 255).astype(dtype))
+            for given in (image, encode(image, "TIFF")):
+                assert self.decode(given, channels=1)[0].tolist() == expected.tolist()
+                assert self.decode(given, channels=3)[2].tolist() == expected.tolist()
+
+    def test_every_byte_survives_being_stored_as_a_float(self):
+        bytes_ = np.arange(256).reshape(16, 16)
+        (pixels,) = ImageTransform(16, [0.0], [1.0])(
+            {"image": [encode(PIL.Image.fromarray((bytes_ / 255).astype(np.float32)), "TIFF")]}
+        )["pixel_values"]
+        assert torch.equal((255 * pixels[0]).round().long(), torch.from_numpy(bytes_))
+
+    @pytest.mark.parametrize("value", [255, 1.001, -0.001, float("nan"), float("inf")])
+    def test_floats_outside_0_to_1_are_refused(self, value, tmp_path):
+        path = tmp_path / "bright.tiff"
+        PIL.Image.fromarray(np.array([[0.5, value]], np.float32)).save(path)
+        with pytest.raises(InputError, match=r"bright.tiff' can't be read \(its floats reach from .*, and 1 is white"):
+            self.decode({"bytes": None, "path": str(path)}, channels=1)
+
+    @pytest.mark.parametrize("values", [[0, 255], [0, 65535], [-1, 70000]], ids=str)
+    @pytest.mark.parametrize("dtype", [np.int32, np.int16, np.uint32])
+    def test_integers_whose_white_is_unknown_are_refused(self, values, dtype):
+        image = PIL.Image.fromarray(np.array([values, values]).astype(dtype))
+        for given in (image, encode(image, "TIFF")):
+            with pytest.raises(InputError, match="holds 32-bit integers, which do not tell what is white.*8 or 16 bi"):
+                self.decode(given, channels=1)
+
+    def test_premultiplied_transparency_is_composed_over_white_too(self):
+        assert self.decode(PIL.Image.new("RGBa", (2, 2), (0, 0, 0, 0))).unique().tolist() == [255]
+
+    @pytest.mark.parametrize(
+        "value", [np.zeros((2, 2), np.uint8), "a.png", b"", 7], ids=lambda value: str(type(value))
+    )
+    def test_what_is_no_image_is_named_by_its_type(self, value):
+        with pytest.raises(
+            InputError, match=rf"can't be read \(it is a {type(value).__name__}\); accepted are Pillow's"
+        ):
+            self.decode(value)
 
     def test_exif_orientation_turns_the_image_upright(self):
         image = PIL.Image.fromarray(np.array([[0, 80], [160, 240]], np.uint8))

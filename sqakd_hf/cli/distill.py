@@ -18,7 +18,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -28,9 +28,10 @@ from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArg
 from ..checkpoint import last_checkpoint
 from ..collator import ImageCollator
 from ..convert import quantize_model
-from ..data import ImageData, load_image_data, split_holdout
+from ..data import ImageData, is_labelled, load_image_data, split_holdout
 from ..errors import InputError
 from ..interrupt import InterruptCallback
+from ..last_batch import check_last_batch
 from ..metrics import TopKAccuracy
 from ..modeling import (
     Preprocessing,
@@ -49,6 +50,7 @@ from ..trainer import ARGUMENTS_FILE, SQAKDTrainer
 from ..training_args import SQAKDTrainingArguments
 from ..transforms import AUGMENTATIONS, ImageTransform
 from .quantization_arguments import QuantizationArguments, parse_json
+from .students import class_names
 
 
 logger = logging.getLogger(__name__)
@@ -85,11 +87,16 @@ class ScriptArguments:
     )
     max_train_images: int | None = field(default=None, metadata={"help": "use so many training images"})
     max_test_images: int | None = field(default=None, metadata={"help": "use so many test images"})
+    validation_dataset: str | None = field(
+        default=None,
+        metadata={"help": "images to choose the best epoch by; default: the folder's validation/ beside its test/"},
+    )
+    test_dataset: str | None = field(
+        default=None, metadata={"help": "images to report on; default: the folder's test/, or a fifth of the images"}
+    )
     validation_fraction: float = field(
         default=0.1,
-        metadata={
-            "help": "share of the training images held out to choose the best epoch, without their labels; 0: none"
-        },
+        metadata={"help": "share of the training images to choose by where there are no validation images; 0: none"},
     )
     teacher_from_scratch: bool = field(
         default=False, metadata={"help": "train the teacher from random weights, whatever weights there are"}
@@ -198,24 +205,19 @@ def distil(
 
     data = load_image_data(
         script.dataset,
+        validation_dataset=script.validation_dataset,
+        test_dataset=script.test_dataset,
         label_column=script.label_column,
         max_train_images=script.max_train_images,
         max_test_images=script.max_test_images,
         seed=args.seed,
     )
-    train, holdout = data.train, None
-    if script.validation_fraction:
-        by_labels = args.metric_for_best_model == "eval_accuracy"
-        if by_labels and data.class_names is None:
-            raise InputError(
-                f"The images of {script.dataset!r} have no labels to choose the best epoch by. Pass "
-                "--metric_for_best_model eval_loss (the divergence) or --validation_fraction 0."
-            )
-        train, holdout = split_holdout(data.train, script.validation_fraction, args.seed, keep_labels=by_labels)
+    data = with_validation_images(data, script, args, given)
 
     set_seed(args.seed)
     teacher, origin = get_teacher(script, args, data)
     set_defaults(args, given, origin, config.weight_bits)
+    data = data.numbered_like(class_names(teacher))
     plan = plan_quantization(teacher, config)  # a pattern that matches nothing is better found before the training
     transform = image_transform(script, teacher)
     # Small centred pictures gain nothing from cropping in a few epochs, and a mirrored digit is another sign.
@@ -223,10 +225,10 @@ def distil(
     plain, augmented = transform("none"), transform(augment)
     used = Preprocessing(plain.size, plain.mean, plain.std, plain.crop_pct, plain.interpolation)
     record_preprocessing(teacher, used)
-    train, test = train.with_transform(augmented), data.test.with_transform(plain)
+    train, test = data.train.with_transform(augmented), data.test.with_transform(plain)
     if origin != GIVEN:
         train_teacher(teacher, train, used, script, args)
-    results = {"teacher": {"accuracy": accuracy(teacher, test, args, data), "agreement": 1.0, "kl": 0.0}}
+    results = {"teacher": {"accuracy": accuracy(teacher, test, args), "agreement": 1.0, "kl": 0.0}}
 
     student = copy.deepcopy(teacher)
     quantize_model(student, config)
@@ -236,7 +238,7 @@ def distil(
         teacher,
         args,
         train_dataset=train,
-        eval_dataset=None if holdout is None else holdout.with_transform(plain),
+        eval_dataset=None if data.validation is None else data.validation.with_transform(plain),
         processing_class=image_processor(used),
         callbacks=[interrupt],
         optimizer_cls_and_kwargs=coupled_adam(args) if script.adam else None,
@@ -266,6 +268,32 @@ def distil(
     trainer.accelerator.end_training()  # of several processes: gloo's threads would abort one that ends without it
 
 
+def with_validation_images(
+    data: ImageData, script: ScriptArguments, args: DistillationArguments, given: set[str]
+) -> ImageData:
+    """Return the images with those to choose the best epoch by: their own, or a part of the training images."""
+    if not script.validation_fraction:
+        if script.validation_dataset is not None:
+            raise InputError("--validation_dataset has images to choose by, and --validation_fraction 0 wants none.")
+        return replace(data, validation=None)
+    if data.validation is not None and "validation_fraction" in given:
+        raise InputError(
+            f"{script.validation_dataset or script.dataset!r} has validation images: leave out --validation_fraction, "
+            "or pass 0 to choose by none."
+        )
+    by_labels = args.metric_for_best_model == "eval_accuracy"
+    if by_labels and not is_labelled(data.validation or data.train):
+        raise InputError(
+            f"The images of {script.dataset!r} have no labels to choose the best epoch by. Pass "
+            "--metric_for_best_model eval_loss (the divergence) or --validation_fraction 0."
+        )
+    if data.validation is None:
+        train, validation = split_holdout(data.train, script.validation_fraction, args.seed, keep_labels=by_labels)
+        return replace(data, train=train, validation=validation)
+    unread = () if by_labels or not is_labelled(data.validation) else ("label",)
+    return replace(data, validation=data.validation.remove_columns(unread))
+
+
 def set_defaults(args: DistillationArguments, given: set[str], origin: str, bits: int) -> None:
     """Choose what nobody gave, learning rate and BatchNorm's statistics, by where the teacher comes from.
 
@@ -289,17 +317,11 @@ def set_defaults(args: DistillationArguments, given: set[str], origin: str, bits
 
 def get_teacher(script: ScriptArguments, args: DistillationArguments, data: ImageData) -> tuple[PreTrainedModel, str]:
     """Return the teacher and where it comes from; one that is not `GIVEN` is still to be trained on these classes."""
-    if args.resume_from_checkpoint and script.teacher is None and data.class_names is not None:
+    if args.resume_from_checkpoint and script.teacher is None and is_labelled(data.train):
         return load_teacher(teacher_folder(args)), GIVEN
-    teacher = script.teacher or (script.model if data.class_names is None else None)
+    teacher = script.teacher or (None if is_labelled(data.train) else script.model)
     if teacher is not None:
-        model = load_given_teacher(script, teacher)
-        if data.class_names is not None and model.config.num_labels != len(data.class_names):
-            raise InputError(
-                f"The teacher {teacher!r} has {model.config.num_labels} classes but the images of "
-                f"{script.dataset!r} have {len(data.class_names)}. Pass a teacher trained on these classes."
-            )
-        return model, GIVEN
+        return load_given_teacher(script, teacher), GIVEN
     classes, model_args = len(data.class_names), parse_json("model_args", script.model_args)
     try:
         if model_args or script.teacher_from_scratch:
@@ -381,10 +403,12 @@ def train_teacher(
         optim_args=script.teacher_optim_args,
         label_smoothing_factor=script.teacher_label_smoothing,
         max_grad_norm=args.max_grad_norm,
+        dataloader_drop_last=args.dataloader_drop_last,
         logging_strategy="epoch",
         save_strategy="no",
         **shared_arguments(args),
     )
+    check_last_batch(teacher, teacher_args, train, ImageCollator())
     trainer = Trainer(
         teacher,
         teacher_args,
@@ -411,9 +435,9 @@ def shared_arguments(args: DistillationArguments) -> dict:
     return {name: getattr(args, name) for name in names} | {"remove_unused_columns": False, "report_to": "none"}
 
 
-def accuracy(model: PreTrainedModel, test, args: DistillationArguments, data: ImageData) -> float | None:
+def accuracy(model: PreTrainedModel, test, args: DistillationArguments) -> float | None:
     """Return the model's accuracy on the test images, or `None` where they have no labels."""
-    if data.class_names is None:
+    if not is_labelled(test):
         return None
     eval_args = TrainingArguments(
         output_dir=args.output_dir,

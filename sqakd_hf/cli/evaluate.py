@@ -9,7 +9,9 @@ Accuracy needs labels, the agreement and the divergence need --teacher and no la
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,13 +19,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..collator import ImageCollator
-from ..data import load_image_data
+from ..data import ImageData, is_labelled, load_image_data
 from ..losses import check_same_classes
 from ..metrics import TeacherAgreement, TeacherDivergence, TopKAccuracy
 from ..modeling import Preprocessing, load_teacher, num_classes, preprocessing
 from ..outputs import predict
 from ..transforms import ImageTransform
-from .students import load_student
+from .students import class_names, load_student
 
 
 Predictor = Callable[[torch.Tensor], np.ndarray]
@@ -38,20 +40,18 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--dataset", default="digits", help="as in sqakd distill; its test images count")
     parser.add_argument("--label_column", help="column of the labels, where a dataset has several")
     parser.add_argument("--teacher", help="folder or Hub id of the model to agree with")
-    parser.add_argument("--max_images", type=int, help="use so many test images")
+    parser.add_argument("--max_images", type=int, help="use so many test images; default: as in the distillation")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=42, help="of the split, as in the distillation")
+    parser.add_argument("--seed", type=int, help="of the split; default: as in the distillation, else 42")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
     predictor, expected, classes = (_onnx if options.model.endswith(".onnx") else _student)(options.model)
     teacher = None
     if options.teacher is not None:
         teacher_model = load_teacher(options.teacher)
-        check_same_classes(classes, num_classes(teacher_model))
+        check_same_classes(len(classes), num_classes(teacher_model))
         teacher = _predictor(teacher_model)
-    data = load_image_data(
-        options.dataset, label_column=options.label_column, max_test_images=options.max_images, seed=options.seed
-    )
+    data = _load_data(options).numbered_like(classes)
     transform = ImageTransform(
         expected.image_size,
         expected.mean,
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     for batch in tqdm(loader, "Evaluating", unit="batch", leave=False):
         logits.append(predictor(batch["pixel_values"]))
         references += [] if teacher is None else [teacher(batch["pixel_values"])]
-        labels += [] if data.class_names is None else [batch["labels"].numpy()]
+        labels += [batch["labels"].numpy()] if is_labelled(data.test) else []
     results: dict[str, float | int] = {"images": len(data.test)}
     predictions = np.concatenate(logits)
     if labels:
@@ -76,9 +76,28 @@ def main(argv: Sequence[str]) -> None:
     print(json.dumps(results, indent=2) if options.json else "\n".join(f"{k}: {v:.6g}" for k, v in results.items()))
 
 
-def _student(name: str) -> tuple[Predictor, Preprocessing, int]:
+def _load_data(options: argparse.Namespace) -> ImageData:
+    """Load the images; of a dataset that the student was distilled with, those that were tested on then."""
+    try:
+        used = json.loads(Path(options.model, "results.json").read_text())["arguments"]
+    except (OSError, ValueError, LookupError):
+        used = {}  # an exported file, a student of the Hub or of another program
+    if os.path.abspath(used.get("dataset", "")) != os.path.abspath(options.dataset):
+        used = {}
+    given = {
+        "label_column": options.label_column,
+        "test_dataset": None,
+        "max_test_images": options.max_images,
+        "seed": options.seed,
+    }
+    used = {"seed": used.get("training", {}).get("seed", 42), **used}
+    chosen = {name: used.get(name) if value is None else value for name, value in given.items()}
+    return load_image_data(options.dataset, **chosen)
+
+
+def _student(name: str) -> tuple[Predictor, Preprocessing, list[str]]:
     model = load_student(name)
-    return _predictor(model), preprocessing(model), num_classes(model)
+    return _predictor(model), preprocessing(model), class_names(model)
 
 
 def _predictor(model: torch.nn.Module) -> Predictor:
@@ -92,9 +111,9 @@ def _predictor(model: torch.nn.Module) -> Predictor:
     return run
 
 
-def _onnx(path: str) -> tuple[Predictor, Preprocessing, int]:
+def _onnx(path: str) -> tuple[Predictor, Preprocessing, list[str]]:
     from ..export import open_session
 
     session, expected = open_session(path)
-    classes = session.get_outputs()[0].shape[-1]
+    classes = json.loads(session.get_modelmeta().custom_metadata_map["sqakd.labels"])
     return (lambda images: session.run(["logits"], {"pixel_values": images.numpy()})[0]), expected, classes

@@ -31,3 +31,8 @@ def student_or_plan(
     elif given := quantization.given():
         raise InputError(f"{name!r} is a student, whose quantization is its own. Leave out --{', --'.join(given)}.")
     return model.eval()
+
+
+def class_names(model: PreTrainedModel) -> list[str]:
+    """Return the names of the model's classes in their order, `LABEL_0` and so on where it has none."""
+    return [name for _, name in sorted(model.config.id2label.items())]

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 
-from sqakd_hf.cli import COMMANDS, distill, main
+from sqakd_hf import data as data_module
+from sqakd_hf.cli import COMMANDS, distill, evaluate, main
 from tests.conftest import tiny_vit
 
 
@@ -44,6 +47,45 @@ class TestEvaluate:
         # Training computes the divergence in float32: log-probabilities near 2 are rounded by 2e-7, times T² = 16.
         for name, value in expected.items():
             assert found[name] == pytest.approx(value, rel=1e-4, abs=4e-6), name
+
+    def test_images_are_those_that_the_training_was_tested_on(self, tmp_path, capsys):
+        rng = np.random.default_rng(0)
+        for index in range(60):
+            folder = tmp_path / "data" / ("cat", "dog")[index % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            noise = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+            PIL.Image.fromarray(noise).save(folder / f"{index // 6}_{index}.png")
+        used = ["--dataset", tmp_path / "data"]
+        arguments = [
+            "--model",
+            "timm/test_resnet",
+            "--image_size",
+            32,
+            "--max_steps",
+            2,
+            "--seed",
+            7,
+            "--use_cpu",
+            "true",
+        ]
+        limits = ["--max_train_images", 40, "--max_test_images", 9]
+        distill.main([str(each) for each in (*arguments, *limits, *used, "--output_dir", tmp_path / "student")])
+        tested, loaded = [], data_module.load_image_data
+
+        def load(name, **options):
+            tested.append(loaded(name, **options))
+            return tested[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluate, "load_image_data", load)
+            for more in ([], ["--seed", 8], ["--max_images", 12]):
+                found = json.loads(printed(capsys, "evaluate", tmp_path / "student", *used, "--json", *more))
+                assert found["images"] == (12 if "--max_images" in more else 9)
+        expected = loaded(str(tmp_path / "data"), seed=7, max_test_images=9).test[:]
+        assert tested[0].test[:] == expected != tested[1].test[:]
+        student = json.loads((tmp_path / "student" / "results.json").read_text())["student"]
+        (again,) = (json.loads(printed(capsys, "evaluate", tmp_path / "student", *used, "--json")),)
+        assert again["accuracy"] == pytest.approx(student["accuracy"])
 
     def test_takes_the_exported_file(self, distilled, capsys, tmp_path):
         said = printed(capsys, "export", distilled, tmp_path / "s.onnx")

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
 
-from sqakd_hf import InputError, build_model
-from sqakd_hf.cli import distill
+from sqakd_hf import ImageTransform, InputError, build_model, load_teacher
+from sqakd_hf.cli import distill, evaluate
+from sqakd_hf.modeling import preprocessing
 from tests.conftest import tiny_vit
 
 
@@ -87,7 +89,7 @@ class TestRun:
     def test_a_teacher_of_other_classes_is_refused(self, run, vit_folder, tmp_path):
         torch.manual_seed(0)
         tiny_vit().save_pretrained(tmp_path / "vit")
-        with pytest.raises(InputError, match="has 4 classes but the images of 'digits' have 10"):
+        with pytest.raises(InputError, match="The model has 4 classes but the images have 10, '0', '1'"):
             run(f"--model {tmp_path / 'vit'} --teacher {tmp_path / 'vit'}")
 
     @pytest.mark.parametrize(
@@ -192,6 +194,79 @@ class TestNeverWorse:
         assert {**results["calibrated"], "step": 0} == results["student"]
         assert "student, as calibrated" in capsys.readouterr().out
         assert "student, as calibrated" in (tmp_path / "output" / "README.md").read_text()
+
+
+def write_noise(folder, count=12):
+    """Write images of noise around colours of their own; return their paths."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        pixels = rng.integers(0, 60, (20, 20, 3)) + rng.integers(0, 196, 3)
+        PIL.Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    """The folder of a teacher of owls, cats and dogs, in this order, that tells noise apart somehow."""
+    torch.manual_seed(0)
+    model = build_model("timm/test_resnet", 3, 32).eval()
+    with torch.no_grad():
+        logits = predict_files(model, write_noise(tmp_path / "noise", 48))
+        model.timm_model.get_classifier().bias -= logits.mean(0)
+    model.config.id2label = {0: "owl", 1: "cat", 2: "dog"}
+    model.save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+def predict_files(model, files):
+    used = preprocessing(model)
+    transform = ImageTransform(32, used.mean, used.std, crop_pct=used.crop_pct, interpolation=used.interpolation)
+    images = transform({"image": [PIL.Image.open(file) for file in files]})["pixel_values"]
+    with torch.no_grad():
+        return model(torch.stack(images)).logits
+
+
+class TestLabelsOfEachSplit:
+    """Split by split: labels of the one say nothing about the other."""
+
+    def test_unlabelled_test_images_of_labelled_training_images(self, run, tmp_path, capsys):
+        for folder in ("train/cat", "train/dog", "test"):
+            write_noise(tmp_path / "data" / folder)
+        results = run(f"--model timm/test_resnet --image_size 32 --dataset {tmp_path / 'data'}")
+        assert results["teacher"]["accuracy"] is None and results["student"]["accuracy"] is None
+        capsys.readouterr()
+        teacher = tmp_path / "output" / "teacher"
+        evaluate.main(f"{tmp_path}/output --dataset {tmp_path}/data --teacher {teacher} --json".split())
+        found = json.loads(capsys.readouterr().out)
+        assert "accuracy" not in found and found["agreement"] == pytest.approx(results["student"]["agreement"])
+
+    def test_labelled_test_images_of_unlabelled_training_images(self, run, teacher, tmp_path, capsys):
+        files = write_noise(tmp_path / "data" / "train", 48)
+        said = predict_files(load_teacher(teacher).eval(), files).argmax(1).tolist()
+        for file, number in zip(files, said, strict=True):
+            if number:  # the test has cats and dogs: not all of the teacher's classes, and its numbers are others
+                folder = tmp_path / "data" / "test" / ("owl", "cat", "dog")[number]
+                folder.mkdir(parents=True, exist_ok=True)
+                file.rename(folder / file.name)
+        assert len(set(said)) == 3
+        arguments = f"--model timm/test_resnet --image_size 32 --dataset {tmp_path / 'data'}"
+        with pytest.raises(InputError, match="have no labels to train a teacher with"):
+            run(arguments, output="refused")
+        with pytest.raises(InputError, match="have no labels to choose the best epoch by"):
+            run(f"{arguments} --objective ce", output="refused")
+        results = run(f"{arguments} --teacher {teacher}")
+        assert results["teacher"]["accuracy"] == 1
+        assert results["student"]["accuracy"] == pytest.approx(results["student"]["agreement"])
+        capsys.readouterr()
+        evaluate.main(f"{tmp_path}/output --dataset {tmp_path}/data --json".split())
+        assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(results["student"]["accuracy"])
+
+    def test_labelled_test_images_of_other_classes_are_refused(self, run, teacher, tmp_path):
+        for folder in ("train", "test/emu", "test/fox"):
+            write_noise(tmp_path / "data" / folder)
+        with pytest.raises(InputError, match="The model has 3 classes but the images have 2, 'emu', 'fox'"):
+            run(f"--model timm/test_resnet --image_size 32 --dataset {tmp_path / 'data'} --teacher {teacher}")
 
 
 class TestBadInput:
