@@ -160,7 +160,7 @@ class Rows:
             objective=row.objective,
             cache_teacher_logits=str(folder / "logits") if in_memory else None,
             **common(row.seed),
-            **json.loads(row.training),
+            **{"freeze_batch_norm": False, **json.loads(row.training)},  # teachers were trained on these images
         )
         if row.peer:
             _, build, _ = PEERS[row.peer]

@@ -184,7 +184,9 @@ def main() -> None:
     trainer = SQAKDTrainer(
         student,
         teacher,
-        SQAKDTrainingArguments(str(output), num_train_epochs=options.epochs, learning_rate=1e-3, **common),
+        SQAKDTrainingArguments(
+            str(output), num_train_epochs=options.epochs, learning_rate=1e-3, freeze_batch_norm=False, **common
+        ),
         train_dataset=unlabelled,
     )
     trainer.calibrate()
