@@ -55,7 +55,7 @@ class ImageData:
         own, others = self.class_names, list(class_names)
         if own is None or own == others:
             return self
-        if set(own) <= set(others):
+        if set(own) <= set(others) and len(set(others)) == len(others):
             return replace(
                 self,
                 class_names=others,
@@ -248,18 +248,18 @@ def _standardize(
 
     Classes are those of the first split that has labels.
     """
-    source, column = splits["training"][0], None
-    images, labels, class_names, first = {}, {}, None, None
+    source = splits["training"][0]
+    images, labels, class_names, first, column = {}, {}, None, None, None
     for what, (name, split) in splits.items():
-        # Columns are those of the training images' dataset, where another has them.
-        wanted = [
-            each if name == source or each in split.column_names else None for each in (image_column, label_column)
-        ]
-        images[what] = _select_images(name, split, wanted[0])
-        if column is None or (name != source and column not in split.column_names):
-            own = _find_label_column(name, split, wanted[1])
-        else:
+        # Another dataset has the columns of the training images', or those that are found as if nobody had named any.
+        is_own = name == source
+        images[what] = _select_images(
+            name, split, image_column if is_own or image_column in split.column_names else None
+        )
+        if column is not None and (is_own or column in split.column_names):
             own = column
+        else:
+            own = _find_label_column(name, split, label_column if is_own else None)
         column = column or own
         names, labels[what] = _read_labels(name, split, own)
         if class_names is None:

@@ -244,6 +244,11 @@ class TestNumberedLike:
         assert data.numbered_like(["tabby", "hound", "bird"]) is data
         assert "'cat', 'dog', 'owl', are called otherwise than the model's, 'tabby', 'hound', 'bird'." in caplog.text
 
+    def test_a_model_with_two_classes_of_one_name_is_taken_in_its_order(self, data):
+        assert data.numbered_like(["dog", "cat", "cat"]) is data
+        with pytest.raises(InputError, match="The model has 4 classes"):
+            data.numbered_like(["owl", "dog", "cat", "cat"])
+
     @pytest.mark.parametrize("names", [["LABEL_0", "LABEL_1", "LABEL_2"], ["0", "1", "2"]])
     def test_numbers_are_no_names_to_differ_from(self, data, names, caplog):
         assert data.numbered_like(names) is data and not caplog.records

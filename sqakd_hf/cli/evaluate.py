@@ -84,14 +84,14 @@ def _load_data(options: argparse.Namespace) -> ImageData:
         used = {}  # an exported file, a student of the Hub or of another program
     if os.path.abspath(used.get("dataset", "")) != os.path.abspath(options.dataset):
         used = {}
-    given = {
-        "label_column": options.label_column,
-        "test_dataset": None,
-        "max_test_images": options.max_images,
-        "seed": options.seed,
+    given = {"label_column": options.label_column, "max_test_images": options.max_images, "seed": options.seed}
+    chosen = {
+        "label_column": used.get("label_column"),
+        "test_dataset": used.get("test_dataset"),
+        "max_test_images": used.get("max_test_images"),
+        "seed": used.get("training", {}).get("seed", 42),
+        **{name: value for name, value in given.items() if value is not None},
     }
-    used = {"seed": used.get("training", {}).get("seed", 42), **used}
-    chosen = {name: used.get(name) if value is None else value for name, value in given.items()}
     return load_image_data(options.dataset, **chosen)
 
 
