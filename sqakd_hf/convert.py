@@ -51,8 +51,9 @@ def quantize_model(
     if not isinstance(config, QuantizationConfig):
         raise InputError(f"config must be a QuantizationConfig, got {type(config).__name__}.")
     plan = plan_quantization(model, config, images)
-    apply_plan(model, plan)
-    config.record(model)
+    with _undone_on_error(model):
+        apply_plan(model, plan)
+        config.record(model)
     lines = (*plan.layers, *plan.others, *plan.attention, *plan.residuals)
     left = [f"{line.name} ({line.skipped})" for line in lines if line.skipped not in (None, *ASKED_FOR)]
     if left:
@@ -64,7 +65,6 @@ def quantize_model(
 def apply_plan(model: nn.Module, plan: QuantizationPlan) -> None:
     """Replace the layers of `model` as `plan` says, in place, and keep it as `model.quantization_plan`."""
     modules = dict(model.named_modules())
-    # Build every layer before the first is put in place: an error leaves the model as it was.
     twins = {modules[layer.name]: _quantize_layer(modules[layer.name], layer) for layer in plan.quantized}
     attention = {
         line.name: AttentionQuantizers(*(_activation_quantizer(line) for _ in range(4))).to(device_of(model))
@@ -74,17 +74,18 @@ def apply_plan(model: nn.Module, plan: QuantizationPlan) -> None:
     outputs = {
         line.name: _activation_quantizer(line).to(device_of(model)) for line in plan.residuals if line.skipped is None
     }
-    _replace([*model.modules(), *twins.values()], twins)
-    for name, module_quantizers in attention.items():
-        intercept(model.get_submodule(name), attention_quantizers=module_quantizers)
-    for name, quantizer in outputs.items():
-        intercept(model.get_submodule(name), output_quantizer=quantizer)
-    for layer in plan.quantized:
-        if layer.bypassed:
-            parent, _, child = layer.name.rpartition(".")
-            intercept(model.get_submodule(parent), bypassed=[child])
-    model.quantization_plan = plan
-    fix_image_ranges(model)
+    with _undone_on_error(model):
+        _replace([*model.modules(), *twins.values()], twins)
+        for name, module_quantizers in attention.items():
+            intercept(model.get_submodule(name), attention_quantizers=module_quantizers)
+        for name, quantizer in outputs.items():
+            intercept(model.get_submodule(name), output_quantizer=quantizer)
+        for layer in plan.quantized:
+            if layer.bypassed:
+                parent, _, child = layer.name.rpartition(".")
+                intercept(model.get_submodule(parent), bypassed=[child])
+        model.quantization_plan = plan
+        fix_image_ranges(model)
 
 
 def fix_image_ranges(model: nn.Module) -> None:
@@ -94,12 +95,44 @@ def fix_image_ranges(model: nn.Module) -> None:
             model.get_submodule(layer.name).input_quantizer.requires_grad_(False)
 
 
+@contextlib.contextmanager
+def _undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Give the modules of `model` their classes, attributes, children and tensors back where something raises.
+
+    What tensors hold is not: nothing in between may change them in place.
+    """
+    before = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    held = [(held, held.copy()) for module in model.modules() for held in _holders(module)]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes in before:
+            module.__class__ = cls
+            vars(module).clear()
+            vars(module).update(attributes)
+        for holder, content in held:
+            holder.clear()
+            holder.update(content) if isinstance(holder, dict) else holder.extend(content)
+        raise
+
+
+def _holders(module: nn.Module) -> list[list | dict]:
+    """Return the lists and dicts in which `module` holds others, its own table among them, and its tensors."""
+    tables = (module._modules, module._parameters, module._buffers)
+    own = [value for value in vars(module).values() if isinstance(value, list | dict)]
+    return [
+        value
+        for value in own
+        if any(value is table for table in tables)
+        or any(isinstance(child, nn.Module) for child in (value.values() if isinstance(value, dict) else value))
+    ]
+
+
 def _replace(parents: Iterable[nn.Module], twins: Mapping[nn.Module, nn.Module]) -> None:
     """Put the twins in the place of their modules, wherever the parents hold them."""
     for parent in parents:
         # Not named_children(), which names a shared child once. Lists: some models call their layers from those.
-        holders = [value for value in vars(parent).values() if isinstance(value, list | dict)]
-        for held in holders:
+        for held in _holders(parent):
             for key, child in held.items() if isinstance(held, dict) else enumerate(held):
                 if isinstance(child, nn.Module) and child in twins:
                     held[key] = twins[child]
@@ -177,11 +210,13 @@ def record_signedness(model: nn.Module) -> None:
 
 def dequantize_model(model: nn.Module) -> None:
     """Put the plain float layers back, in place: their weights are the quantized values, activations stay in float."""
-    for module in list(model.modules()):
-        if isinstance(module, InterceptedModule):
-            release(module)
-    _replace(list(model.modules()), {layer: layer.dequantized() for layer in quantized_layers(model).values()})
-    vars(model).pop("quantization_plan", None)
+    twins = {layer: layer.dequantized() for layer in quantized_layers(model).values()}
+    with _undone_on_error(model):
+        for module in list(model.modules()):
+            if isinstance(module, InterceptedModule):
+                release(module)
+        _replace([*model.modules(), *twins.values()], twins)
+        vars(model).pop("quantization_plan", None)
 
 
 def is_calibrated(model: nn.Module) -> bool:
@@ -220,7 +255,9 @@ def calibrate_model(
 
     Raises:
         `InputError`: No batch, a batch of one image where BatchNorm needs more, a layer whose input is not finite, or
-            a planned layer that the data never reached. The message names the layers; no range is set.
+            a planned layer that the data never reached. The message names the layers.
+
+    On any error the student is left as it was.
     """
     layers = quantized_layers(model)
     if not layers:
@@ -231,7 +268,7 @@ def calibrate_model(
     norms = batch_norms(model)
     by_batch = norms if any(quantizer.bits <= FEW_BITS for quantizer in quantizers(model)) else []
     needs_two = bool(by_batch or (reestimate_batch_norm and norms))
-    try:
+    with _restored_on_error(model):
         with evaluating(model):
             for name, layer in tqdm(layers.items(), "Weights", unit="layer", disable=disable_progress, leave=False):
                 layer.restore_latent()
@@ -244,16 +281,31 @@ def calibrate_model(
                 if reestimate_batch_norm:
                     with _batch_statistics(norms, keep_running=False):
                         _feed(model, batches, bar, needs_two)
-    except BaseException:
-        for module in quantizers(model):
-            module.reset()
-        raise
-    record_signedness(model)
+        record_signedness(model)
     if constant:
         logger.warning(
             "Constant during calibration, from dead units or data unlike the training data: %s.",
             ", ".join(constant),
         )
+
+
+@contextlib.contextmanager
+def _restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Give quantizers their ranges and signs, and layers their codes, back where something raises."""
+    layers = quantized_layers(model).values()
+    attributes = [(module, dict(vars(module))) for module in (*layers, *quantizers(model))]
+    ranges = [tensor for quantizer in quantizers(model) for tensor in quantizer.state_dict(keep_vars=True).values()]
+    codes = [layer.stored_weight for layer in layers if layer.weight_is_on_grid]
+    values = [(tensor, tensor.detach().clone()) for tensor in (*ranges, *codes)]
+    try:
+        yield
+    except BaseException:
+        for module, before in attributes:
+            vars(module).clear()
+            vars(module).update(before)
+        for tensor, value in values:
+            tensor.data = value
+        raise
 
 
 @torch.no_grad()
@@ -382,12 +434,12 @@ def _batch_statistics(batch_norms: list[nn.Module], keep_running: bool) -> Itera
     """Let BatchNorm layers normalise by the batch; their running statistics stay, or become the plain average."""
     momenta = [module.momentum for module in batch_norms]
     running = [{name: buffer.clone() for name, buffer in module.named_buffers()} for module in batch_norms]
-    for module in batch_norms:
-        module.training = True  # not train(), which reaches children of subclasses
-        if not keep_running and module.track_running_stats:
-            module.reset_running_stats()
-            module.momentum = None
     try:
+        for module in batch_norms:
+            module.training = True  # not train(), which reaches children of subclasses
+            if not keep_running and module.track_running_stats:
+                module.reset_running_stats()
+                module.momentum = None
         yield
     except BaseException:
         keep_running = True

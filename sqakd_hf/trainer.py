@@ -256,9 +256,8 @@ class SQAKDTrainer(Trainer):
             if self._progressive is not None and self._progressive.leave():
                 self.calibrate()  # stopped before its last stage
         finally:
-            if self._progressive is not None and self._progressive.leave():
-                for quantizer in quantizers(self.model):
-                    quantizer.reset()  # ranges of another width are none
+            if self._progressive is not None:
+                self._progressive.leave()
             if self._feature_terms is not None:
                 self._feature_terms.remove()
                 self._feature_terms = None
@@ -514,6 +513,7 @@ class SQAKDTrainer(Trainer):
         self._progressive.enter(stage)
         self._stage = stage
         if step == 0 or stage != self._progressive.stage(step - 1, steps):  # else a checkpoint brought the ranges
+            self._progressive.forget_ranges()
             self.calibrate()
             for parameter in self._ranges(self.model):
                 self.optimizer.state.pop(parameter, None)  # what it remembers is of other ranges

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import logging
 import math
@@ -22,7 +23,9 @@ from sqakd_hf import (
 )
 from sqakd_hf import convert as convert_module
 from sqakd_hf import layers as layers_module
-from sqakd_hf.outputs import run_model
+from sqakd_hf.delta import estimate_delta
+from sqakd_hf.layer_error import layer_sqnr
+from sqakd_hf.outputs import predict, run_model
 from tests.conftest import Wrapper, tiny_vit
 
 
@@ -49,6 +52,28 @@ def batch_norms(model):
 
 def norm_state(model):
     return {f"{i}.{key}": value.clone() for i, m in enumerate(batch_norms(model)) for key, value in m.named_buffers()}
+
+
+def state_of(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def everything_of(model):
+    """Whatever a student is: modules, tensors by value, and what else they know."""
+    known = [
+        {key: value for key, value in vars(module).items() if not isinstance(value, dict)}
+        for module in model.modules()
+    ]
+    tensors = [(tensor.clone(), tensor.requires_grad) for tensor in (*model.parameters(), *model.buffers())]
+    return modules_of(model), known, tensors
+
+
+def assert_as_it_was(model, before):
+    modules, known, tensors = everything_of(model)
+    assert (modules, known) == before[:2]
+    for (found, learns), (expected, learned) in zip(tensors, before[2], strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        assert learns == learned
 
 
 def modules_of(model):
@@ -250,6 +275,25 @@ class TestQuantizeModel:
             quantize_model(conv_net)
         assert modules_of(conv_net) == before and list(conv_net.state_dict()) == keys
         assert not hasattr(conv_net, "quantization_plan") and not quantized_layers(conv_net)
+
+    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+    @pytest.mark.parametrize("config", [{"attention_bits": 8}, {}])
+    def test_so_does_one_while_layers_are_put_in_place(self, vit, config, error):
+        """Modules and models are free to refuse a change of their class or of an attribute."""
+
+        class Stubborn(type(vit)):
+            def __setattr__(self, name, value):
+                if name in ("quantization_plan", "hf_quantizer")[not config :] and value is not None:
+                    raise error
+                super().__setattr__(name, value)
+
+        vit.__class__ = Stubborn
+        vit.lists = [vit.classifier, vit.base_model]  # some models call their layers from lists
+        before, lists = everything_of(vit), vit.lists[:]
+        with pytest.raises(error):
+            quantize_model(vit, QuantizationConfig(**config))
+        assert_as_it_was(vit, before)
+        assert vit.lists == lists and not hasattr(vit.config, "quantization_config")
 
     def test_the_fused_path_of_a_transformer_layer_does_not_pass_the_quantizers_by(self):
         # In eval mode without gradients nn.TransformerEncoderLayer hands its weights to one fused kernel, unless a
@@ -668,6 +712,86 @@ class TestModes:
         with pytest.raises(KeyboardInterrupt):
             calibrate(model, SecondPassFails(), reestimate_batch_norm=True)
         assert same(norm_state(model), statistics)
+
+
+class Interrupted:
+    """Batches that end in an error, each time they are read."""
+
+    def __init__(self, *batches):
+        self.batches = batches
+
+    def __iter__(self):
+        yield from self.batches
+        raise KeyboardInterrupt
+
+
+class TestErrors:
+    """On any error a student is what it was before."""
+
+    @pytest.fixture(params=["uncalibrated", "calibrated", "trained", "reloaded"])
+    def student(self, request, conv_net, images, tmp_path):
+        # DoReFa's latents are other numbers than its values.
+        model = conv_net if request.param != "reloaded" else build_model("timm/test_resnet", 4, 16)
+        quantize_model(model.train(), QuantizationConfig(quantizer="dorefa", weight_bits=4, activation_bits=4))
+        if request.param == "uncalibrated":
+            return model
+        calibrate(model, [images])
+        if request.param == "trained":
+            model.stem[0].requires_grad_(False)
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            for _ in range(2):
+                model(images).square().mean().backward()
+                optimizer.step()
+        if request.param == "reloaded":
+            model.save_pretrained(tmp_path)
+            model = AutoModelForImageClassification.from_pretrained(tmp_path)
+            assert all(layer.weight_is_on_grid for layer in quantized_layers(model).values())
+        return model
+
+    @pytest.mark.parametrize("bad", ["nan", "one image", "interrupt", "missed", "weight"])
+    def test_in_a_calibration(self, student, images, bad):
+        batches = Interrupted(images.abs() * 3, *{"nan": [images * torch.nan], "one image": [images[:1]]}.get(bad, []))
+        last = list(quantized_layers(student).values())[-1]
+        if bad == "missed":
+            last.forward, batches = lambda x: x, [images.abs() * 3]
+        if bad == "weight":
+            last.weight.data[0] = torch.inf
+        before = everything_of(student)
+        with pytest.raises((InputError, KeyboardInterrupt)):
+            calibrate(student, batches, reestimate_batch_norm=True)
+        assert_as_it_was(student, before)
+
+    @pytest.mark.parametrize("break_off", [True, False])
+    def test_and_without_one_wherever_a_student_is_only_measured(self, student, images, break_off):
+        if not is_calibrated(student):
+            pytest.skip("it has nothing to measure")
+        teacher = copy.deepcopy(student)
+        convert_module.dequantize_model(teacher)
+        batches = Interrupted(images) if break_off else [images]
+        loss = [{"pixel_values": images}] if not break_off else Interrupted({"pixel_values": images})
+        before = everything_of(student)
+        for measure in (
+            lambda: layer_sqnr(student, teacher, batches),
+            lambda: estimate_delta(
+                student,
+                lambda batch: predict(student, batch).logits.square().mean(),
+                loss,
+                max_draws=2,
+                disable_progress=True,
+            ),
+            lambda: break_off and convert_module.reestimate_batch_norm(student, batches, disable_progress=True),
+        ):
+            with pytest.raises(KeyboardInterrupt) if break_off else contextlib.nullcontext():
+                measure()
+            assert_as_it_was(student, before)
+
+    def test_in_a_dequantization(self):
+        model = build_model("timm/test_vit", 4, 32)
+        quantize_model(model, QuantizationConfig(attention_bits=8))
+        before = everything_of(model)
+        with pytest.raises(InputError, match="no range yet"):
+            convert_module.dequantize_model(model)
+        assert_as_it_was(model, before)
 
 
 class TestBatches:
