@@ -85,6 +85,7 @@ def apply_plan(model: nn.Module, plan: QuantizationPlan) -> None:
                 parent, _, child = layer.name.rpartition(".")
                 intercept(model.get_submodule(parent), bypassed=[child])
         model.quantization_plan = plan
+        model.register_load_state_dict_pre_hook(_report_missing_ranges)
         fix_image_ranges(model)
 
 
@@ -95,14 +96,41 @@ def fix_image_ranges(model: nn.Module) -> None:
             model.get_submodule(layer.name).input_quantizer.requires_grad_(False)
 
 
+def _report_missing_ranges(
+    model: nn.Module,
+    state_dict: Mapping[str, torch.Tensor],
+    prefix: str,
+    _metadata: dict[str, Any],
+    _strict: bool,
+    missing_keys: list[str],
+    *_: list[str],
+) -> None:
+    """Before `load_state_dict`: report the quantizers that a student's state lacks altogether.
+
+    A quantizer, which sees its own keys alone, takes that for a float network's state, which has no range at all.
+    """
+    keys = [
+        [f"{prefix}{name}.{key}" for key in module.state_dict()]
+        for name, module in model.named_modules()
+        if isinstance(module, FakeQuantizer)
+    ]
+    lacking = [own for own in keys if not any(key in state_dict for key in own)]
+    if len(lacking) < len(keys):
+        missing_keys += [key for own in lacking for key in own]
+
+
+_TABLES = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict)]
+
+
 @contextlib.contextmanager
 def _undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Give the modules of `model` their classes, attributes, children and tensors back where something raises.
+    """Give the modules of `model` their classes, attributes, children and hooks back where something raises.
 
     What tensors hold is not: nothing in between may change them in place.
     """
     before = [(module, type(module), dict(vars(module))) for module in model.modules()]
-    held = [(held, held.copy()) for module in model.modules() for held in _holders(module)]
+    tables = [vars(module)[name] for module in model.modules() for name in _TABLES if name in vars(module)]
+    held = [(value, value.copy()) for value in (*tables, *(v for m in model.modules() for v in _holders(m)))]
     try:
         yield
     except BaseException:
@@ -117,22 +145,19 @@ def _undone_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def _holders(module: nn.Module) -> list[list | dict]:
-    """Return the lists and dicts in which `module` holds others, its own table among them, and its tensors."""
-    tables = (module._modules, module._parameters, module._buffers)
-    own = [value for value in vars(module).values() if isinstance(value, list | dict)]
+    """Return the lists and dicts in which `module` holds others: some models call their layers from those."""
+    values = (value for value in vars(module).values() if isinstance(value, list | dict))
     return [
-        value
-        for value in own
-        if any(value is table for table in tables)
-        or any(isinstance(child, nn.Module) for child in (value.values() if isinstance(value, dict) else value))
+        held
+        for held in values
+        if any(isinstance(child, nn.Module) for child in (held.values() if isinstance(held, dict) else held))
     ]
 
 
 def _replace(parents: Iterable[nn.Module], twins: Mapping[nn.Module, nn.Module]) -> None:
     """Put the twins in the place of their modules, wherever the parents hold them."""
     for parent in parents:
-        # Not named_children(), which names a shared child once. Lists: some models call their layers from those.
-        for held in _holders(parent):
+        for held in _holders(parent):  # not named_children(), which names a shared child once
             for key, child in held.items() if isinstance(held, dict) else enumerate(held):
                 if isinstance(child, nn.Module) and child in twins:
                     held[key] = twins[child]
@@ -217,6 +242,9 @@ def dequantize_model(model: nn.Module) -> None:
                 release(module)
         _replace([*model.modules(), *twins.values()], twins)
         vars(model).pop("quantization_plan", None)
+        for key, wrapped in list(model._load_state_dict_pre_hooks.items()):
+            if wrapped.hook is _report_missing_ranges:
+                del model._load_state_dict_pre_hooks[key]
 
 
 def is_calibrated(model: nn.Module) -> bool:

@@ -2,15 +2,18 @@ import contextlib
 import copy
 import logging
 import math
+import pickle
 import re
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, BatchFeature
 
 from sqakd_hf import (
+    FakeQuantizer,
     InputError,
     QuantizationConfig,
     QuantizedLayer,
@@ -331,6 +334,44 @@ class TestQuantizeModel:
             without_gradient = model(x)
         # Attention kernels may differ with and without gradients; a skipped 1-bit layer is off by 0.1.
         torch.testing.assert_close(without_gradient, model(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+class TestStateDicts:
+    """`load_state_dict` reports what a student lacks, and takes a float network's state for one."""
+
+    @pytest.fixture(params=["conv net", "vit"])
+    def student(self, request, images):
+        torch.manual_seed(0)
+        model = timm.create_model("test_resnet", num_classes=4) if request.param == "conv net" else tiny_vit()
+        config = {"residual_bits": 8} if request.param == "conv net" else {"attention_bits": 8}
+        self.float_state = state_of(model)
+        quantize_model(model, QuantizationConfig(**config), images)
+        return calibrate(model, [images])
+
+    @pytest.mark.parametrize("wrap", [lambda m: m, Wrapper, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    def test_that_lack_all_of_a_quantizer_are_reported(self, student, wrap):
+        names = [name for name, module in student.named_modules() if isinstance(module, FakeQuantizer)]
+        kinds = {name.rpartition(".")[2]: name for name in names}
+        assert len(kinds) in (3, 6)  # of weights, inputs, and of sums or of attention
+        model = wrap(student)
+        state = state_of(model)
+        for name in [*kinds.values(), names[0], names[-1]]:
+            lacking = {key for key in state if f"{name}." in key}
+            partial = {key: value for key, value in state.items() if key not in lacking}
+            assert lacking and set(model.load_state_dict(partial, strict=False).missing_keys) == lacking
+            with pytest.raises(RuntimeError, match=rf"Missing key\(s\).*{re.escape(name)}"):
+                model.load_state_dict(partial)
+        assert model.load_state_dict(state).missing_keys == []
+
+    def test_of_a_float_network_load_and_leave_ranges(self, student):
+        before = ranges(student)
+        assert student.load_state_dict(self.float_state) == ([], [])
+        assert same(ranges(student), before)
+
+    def test_of_a_dequantized_student_are_those_of_any_module(self, student):
+        convert_module.dequantize_model(student)
+        assert not any(module._load_state_dict_pre_hooks for module in student.modules())
+        student.load_state_dict(self.float_state)
 
 
 class TestIsCalibrated:
