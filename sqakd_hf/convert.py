@@ -21,6 +21,8 @@ from .trace import evaluating
 
 logger = logging.getLogger(__name__)
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 def quantize_model(
     model: nn.Module, config: QuantizationConfig | None = None, images: torch.Tensor | None = None
@@ -28,7 +30,8 @@ def quantize_model(
     """Replace the convolutions, linear layers and embeddings of `model` by fake-quantized ones, in place.
 
     Parameters are shared, state-dict keys such as `layer1.0.conv1.weight` stay, and a float state dict still loads.
-    The student has no ranges until [`calibrate_model`] sets them. On any error the model is left as it was.
+    Half-precision parameters and buffers become float32, with a warning. The student has no ranges until
+    [`calibrate_model`] sets them. On any error the model is left as it was.
 
     Args:
         model (`nn.Module`): Any eager model, from timm, transformers or your own.
@@ -50,16 +53,52 @@ def quantize_model(
     config = QuantizationConfig() if config is None else config
     if not isinstance(config, QuantizationConfig):
         raise InputError(f"config must be a QuantizationConfig, got {type(config).__name__}.")
-    plan = plan_quantization(model, config, images)
     with _undone_on_error(model):
+        narrow = _make_float32(model)
+        plan = plan_quantization(model, config, images)
         apply_plan(model, plan)
         config.record(model)
     lines = (*plan.layers, *plan.others, *plan.attention, *plan.residuals)
+    if narrow:
+        warn_of_float32(narrow)
     left = [f"{line.name} ({line.skipped})" for line in lines if line.skipped not in (None, *ASKED_FOR)]
     if left:
         logger.warning("Left in float: %s.", ", ".join(left))
     logger.info("Quantized %s.", plan.summary())
     return plan
+
+
+def require_float32_latents(model: nn.Module) -> None:
+    """Make half-precision parameters and buffers of `model` float32, in place, with a warning: a training begins.
+
+    Weights that were loaded from codes become the values of these, to the last bit of float32.
+    """
+    if narrow := _make_float32(model):
+        warn_of_float32(narrow)
+
+
+def warn_of_float32(narrow: Iterable[torch.dtype]) -> None:
+    """Say that what had these dtypes is float32 now."""
+    logger.warning(
+        "Parameters or buffers of the model were %s; a student trains float32 latents, so they are float32 now.",
+        " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in narrow)),
+    )
+
+
+def _make_float32(model: nn.Module) -> set[torch.dtype]:
+    """Make half-precision tensors of `model` float32, in place; return the dtypes that they had."""
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype in HALF]
+    found = {tensor.dtype for tensor in tensors}
+    exact = {
+        layer.stored_weight: layer.values_of(layer.weight_codes(), layer.stored_weight.shape)
+        for layer in quantized_layers(model).values()
+        if layer.weight_is_on_grid and layer.stored_weight.dtype in HALF
+    }
+    for tensor in tensors:
+        grad, tensor.grad = tensor.grad, None
+        tensor.data = exact[tensor] if tensor in exact else tensor.data.float()
+        tensor.grad = None if grad is None else grad.float()
+    return found
 
 
 def apply_plan(model: nn.Module, plan: QuantizationPlan) -> None:
@@ -124,10 +163,11 @@ _TABLES = [name for name, value in vars(nn.Module()).items() if isinstance(value
 
 @contextlib.contextmanager
 def _undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Give the modules of `model` their classes, attributes, children and hooks back where something raises.
+    """Give the modules of `model` their classes, attributes, children, hooks and dtypes back where something raises.
 
     What tensors hold is not: nothing in between may change them in place.
     """
+    tensors = [(tensor, tensor.data, tensor.grad) for tensor in (*model.parameters(), *model.buffers())]
     before = [(module, type(module), dict(vars(module))) for module in model.modules()]
     tables = [vars(module)[name] for module in model.modules() for name in _TABLES if name in vars(module)]
     held = [(value, value.copy()) for value in (*tables, *(v for m in model.modules() for v in _holders(m)))]
@@ -141,6 +181,11 @@ def _undone_on_error(model: nn.Module) -> Iterator[None]:
         for holder, content in held:
             holder.clear()
             holder.update(content) if isinstance(holder, dict) else holder.extend(content)
+        for tensor, data, grad in tensors:
+            if tensor.dtype != data.dtype:
+                tensor.grad = None
+                tensor.data = data
+                tensor.grad = grad
         raise
 
 
@@ -483,7 +528,7 @@ def _batch_statistics(batch_norms: list[nn.Module], keep_running: bool) -> Itera
 
 def _feed(model: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, Any]], bar: tqdm, needs_two: bool) -> None:
     empty = True
-    device = device_of(model)
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     for batch in batches:
         pixel_values = batch.get("pixel_values") if isinstance(batch, Mapping) else batch
         if not isinstance(pixel_values, torch.Tensor):
@@ -497,7 +542,10 @@ def _feed(model: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, Any]],
                 "Calibration got a batch of one image, but BatchNorm needs two or more. Use larger batches."
             )
         inputs = batch if isinstance(batch, Mapping) else {"pixel_values": batch}
-        run_model(model, {key: value.to(device) for key, value in inputs.items() if isinstance(value, torch.Tensor)})
+        inputs = {key: value.to(like.device) for key, value in inputs.items() if isinstance(value, torch.Tensor)}
+        if pixel_values.is_floating_point():
+            inputs["pixel_values"] = inputs["pixel_values"].to(like.dtype)
+        run_model(model, inputs)
         bar.update()
         empty = False
     if empty:

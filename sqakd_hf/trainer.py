@@ -35,6 +35,7 @@ from .convert import (
     quantizers,
     record_signedness,
     reestimate_batch_norm,
+    require_float32_latents,
 )
 from .delta import estimate_delta
 from .errors import InputError
@@ -233,6 +234,7 @@ class SQAKDTrainer(Trainer):
                 f"The checkpoint {resume_from_checkpoint!r} does not exist or is half-written. "
                 "resume_from_checkpoint=True finds the last complete one."
             )
+        require_float32_latents(self.model)
         if not resume_from_checkpoint and not is_calibrated(self.model):
             self.calibrate()
         self.model.train()  # a student loaded from codes becomes latent before it is spread over devices

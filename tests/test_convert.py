@@ -29,7 +29,7 @@ from sqakd_hf import layers as layers_module
 from sqakd_hf.delta import estimate_delta
 from sqakd_hf.layer_error import layer_sqnr
 from sqakd_hf.outputs import predict, run_model
-from tests.conftest import Wrapper, tiny_vit
+from tests.conftest import TinyConvNet, Wrapper, tiny_vit
 
 
 QUANTIZERS = ["dorefa", "ewgs", "lsq", "lsq+", "pact", "statsq"]
@@ -225,16 +225,46 @@ class TestQuantizeModel:
         fresh.load_state_dict(conv_net.state_dict(), strict=True)
         assert is_calibrated(fresh) and torch.equal(fresh(images), conv_net(images))
 
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("quantizer", QUANTIZERS)
-    def test_weights_keep_their_dtype_and_ranges_are_float32(self, quantizer, dtype):
-        model = linear_net(6, 5, 4).to(dtype)
+    def test_weights_keep_float64_and_ranges_are_float32(self, quantizer):
+        model = linear_net(6, 5, 4).double()
         quantize_model(model, QuantizationConfig(quantizer=quantizer, weight_bits=4, activation_bits=4))
-        x = randn(7, 6).to(dtype)
+        x = randn(7, 6).double()
         calibrate(model, [x])
-        assert model[0].weight.dtype == dtype and model(x).dtype == dtype
+        assert model[0].weight.dtype == torch.float64 and model(x).dtype == torch.float64
         assert {v.dtype for key, v in ranges(model).items() if not key.endswith("signed_flag")} == {torch.float32}
         assert torch.isfinite(model(x)).all()
+
+    @pytest.mark.parametrize("dtype", convert_module.HALF, ids=str)
+    @pytest.mark.parametrize("build", [TinyConvNet, tiny_vit])
+    def test_half_precision_becomes_float32_with_a_sentence(self, build, dtype, images, caplog):
+        torch.manual_seed(0)
+        model = build().to(dtype)
+        parameters, expected = dict(model.named_parameters()), copy.deepcopy(model).float()
+        predict(model, {"pixel_values": images.to(dtype)}).logits.sum().backward()
+        expected.load_state_dict(model.state_dict())
+        quantize_model(model)
+        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+            f"Parameters or buffers of the model were {str(dtype)[6:]}; a student trains float32 latents, so they are "
+            "float32 now."
+        ]
+        assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
+        assert {parameter.grad.dtype for parameter in parameters.values() if parameter.grad is not None} == {
+            torch.float32
+        }
+        quantize_model(expected)
+        calibrate(expected, [images.to(dtype).float()])
+        assert same(calibrate(model, [images.to(dtype)]).state_dict(), expected.state_dict())  # images of either kind
+
+    def test_an_error_gives_half_precision_back(self, vit, monkeypatch):
+        before = everything_of(vit.bfloat16())
+        with pytest.raises(InputError, match="nowhere"):
+            quantize_model(vit, QuantizationConfig(modules_to_not_convert=["nowhere"]))
+        assert_as_it_was(vit, before)
+        monkeypatch.setattr(QuantizationConfig, "record", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            quantize_model(vit)
+        assert_as_it_was(vit, before)
 
     def test_quantizers_are_made_on_the_device_of_the_weight(self):
         model = linear_net(6, 5, 4).to("meta")

@@ -248,6 +248,44 @@ def test_bfloat16_keeps_codes_and_ranges(saved, tmp_path):
     assert all(torch.equal(layer.weight_codes(), codes[name]) for name, layer in quantized_layers(again).items())
 
 
+@pytest.mark.parametrize(("build", "size"), [(tiny_vit, 16), (timm_resnet, 32)], ids=["native-vit", "timm"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+class TestHalfPrecision:
+    def test_checkpoints_give_students_in_float32(self, tmp_path, build, size, dtype, caplog):
+        torch.manual_seed(0)
+        model = build().to(dtype)
+        model.save_pretrained(tmp_path / "float")
+        loaded = AutoModelForImageClassification.from_pretrained(
+            tmp_path / "float", quantization_config=QuantizationConfig(weight_bits=4, activation_bits=4)
+        )
+        assert sum("so they are float32 now" in record.getMessage() for record in caplog.records) == 1
+        tensors = [*loaded.parameters(), *loaded.buffers()]
+        assert not {torch.float16, torch.bfloat16} & {tensor.dtype for tensor in tensors}
+        state = loaded.state_dict()
+        for key, value in model.state_dict().items():
+            assert torch.equal(state[key], value.float() if value.is_floating_point() else value), key
+        calibrate_model(loaded, [torch.randn(8, 3, size, size)], disable_progress=True)
+
+    def test_students_stay_so_until_they_train(self, tmp_path, build, size, dtype, caplog):
+        model = student(build, size, quantizer="dorefa", weight_bits=3)
+        model.save_pretrained(tmp_path / "student")
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "student", dtype=dtype)
+        assert loaded.dtype == dtype and not any("float32 now" in each.getMessage() for each in caplog.records)
+        exact = AutoModelForImageClassification.from_pretrained(tmp_path / "student")
+        images = [{"pixel_values": torch.randn(3, size, size)} for _ in range(8)]
+        args = SQAKDTrainingArguments(
+            tmp_path / "trained", max_steps=1, learning_rate=0.0, report_to="none", use_cpu=True, disable_tqdm=True
+        )
+        trainer = SQAKDTrainer(loaded, build(), args, train_dataset=images)
+        trainer.train()
+        assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+        assert sum("so they are float32 now" in record.getMessage() for record in caplog.records) == 1
+        # The very latents that a student has which was loaded in float32.
+        exact.train()
+        for name, layer in quantized_layers(exact).items():
+            assert torch.equal(loaded.get_submodule(name).weight, layer.weight), name
+
+
 def test_shards(saved, tmp_path):
     folder, model = saved
     model.save_pretrained(tmp_path, max_shard_size="2KB")
