@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -302,6 +304,47 @@ def test_the_backbone_loads_without_its_head(saved):
         assert torch.equal(
             backbone(images).last_hidden_state[:, 0], model(images, output_hidden_states=True).hidden_states[-1][:, 0]
         ) or torch.equal(backbone(images).last_hidden_state, model.vit(images).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("test_resnet", ["fc"]),
+        ("test_vit", ["head"]),
+        ("test_efficientnet", ["classifier"]),
+        ("deit_tiny_distilled_patch16_224", ["head", "head_dist"]),
+    ],
+)
+def test_embeddings_of_timm_models_are_those_in_front_of_the_head(name, heads, tmp_path):
+    size = 224 if "224" in name else 32
+    model = student(lambda: build_model(f"timm/{name}", CLASSES, image_size=size), size)
+    model.save_pretrained(tmp_path)
+    trunk = AutoModel.from_pretrained(tmp_path)
+    left_out = quantized_layers(model).keys() - quantized_layers(trunk).keys()
+    assert left_out == {f"timm_model.{head}" for head in heads}
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        features = model.timm_model.forward_features(images)
+        found = trunk(images)
+        assert torch.equal(found.last_hidden_state, features)
+        assert torch.equal(found.pooler_output, model.timm_model.forward_head(features, pre_logits=True))
+
+
+def test_a_pipeline_extracts_features_with_a_timm_student(tmp_path):
+    student(timm_resnet, 32).save_pretrained(tmp_path)
+    image = PIL.Image.fromarray(np.full((40, 40, 3), 90, np.uint8))
+    assert np.array(pipeline("image-feature-extraction", model=str(tmp_path))(image)).shape == (1, 96, 1, 1)
+
+
+def test_another_class_that_lacks_what_is_stored_of_it_is_refused(tmp_path):
+    """What is missing is left out only where the class itself is complete."""
+    model = student(timm_resnet, 32)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architecture"] = "test_vit"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="has no layer|is stored as"):
+        AutoModel.from_pretrained(tmp_path)
 
 
 def test_another_number_of_classes_starts_the_head_anew(saved, caplog):
