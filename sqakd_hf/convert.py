@@ -115,8 +115,9 @@ def apply_plan(model: nn.Module, plan: QuantizationPlan) -> None:
     }
     with _undone_on_error(model):
         _replace([*model.modules(), *twins.values()], twins)
+        fused = {line.name: line.fused for line in plan.attention}
         for name, module_quantizers in attention.items():
-            intercept(model.get_submodule(name), attention_quantizers=module_quantizers)
+            intercept(model.get_submodule(name), attention_quantizers=module_quantizers, fused=fused[name])
         for name, quantizer in outputs.items():
             intercept(model.get_submodule(name), output_quantizer=quantizer)
         for layer in plan.quantized:

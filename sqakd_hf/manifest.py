@@ -21,7 +21,7 @@ from .plan import LayerPlan, QuantizationPlan
 FORMATS = ("packed", "latent")
 _ENTRY_FIELDS = {f.name for f in fields(LayerPlan)} - {"name", "num_weights"} | {"weight_shape"}
 # What the first files of this format do not say yet.
-_LATER_FIELDS = {"macs": None, "bypassed": False, "reads_images": False}
+_LATER_FIELDS = {"macs": None, "bypassed": False, "reads_images": False, "fused": None}
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Manifest:
             return set()
         if prefix and prefix not in modules and any(name.startswith(f"{prefix}.") for name in self.layers):
             return {name for name in self.layers if not name.startswith(f"{prefix}.")}
-        # timm puts an nn.Identity in the head's place. Where all of the class is stored, what it lacks is of no use to it.
+        # timm puts an nn.Identity in the head's place. A class of which all is stored has no use for what it lacks.
         if any(self._name_in(self.tensors, name, prefix) is None for name in model.state_dict()):
             return set()
         return {name for name in self.layers if weight_of(modules.get(self._name_in(modules, name, prefix))) is None}
