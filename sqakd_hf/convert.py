@@ -170,7 +170,8 @@ def _undone_on_error(model: nn.Module) -> Iterator[None]:
     """
     tensors = [(tensor, tensor.data, tensor.grad) for tensor in (*model.parameters(), *model.buffers())]
     before = [(module, type(module), dict(vars(module))) for module in model.modules()]
-    tables = [vars(module)[name] for module in model.modules() for name in _TABLES if name in vars(module)]
+    tables = [vars(module).get(name) for module in model.modules() for name in _TABLES]
+    tables = [table for table in tables if isinstance(table, dict)]  # a scripted module, which is refused, has others
     held = [(value, value.copy()) for value in (*tables, *(v for m in model.modules() for v in _holders(m)))]
     try:
         yield
