@@ -162,8 +162,9 @@ class QuantizationConfig(QuantizationConfigMixin):
     def record(self, model: nn.Module) -> None:
         """Make a transformers `model` one that saves its weights packed, with this config in its `config.json`."""
         if isinstance(getattr(model, "config", None), PretrainedConfig):
-            model.config.quantization_config = self if self.stored is None else replace(self, stored=None)
-            AutoHfQuantizer.from_config(model.config.quantization_config, pre_quantized=False).attach(model)
+            config = self if self.stored is None else replace(self, stored=None)
+            AutoHfQuantizer.from_config(config, pre_quantized=False).attach(model)
+            model.config.quantization_config = config
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict of all fields; `overrides` as a list of `[pattern, options]` pairs, in order."""

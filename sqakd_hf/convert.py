@@ -21,6 +21,8 @@ from .trace import evaluating
 
 logger = logging.getLogger(__name__)
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 def quantize_model(
     model: nn.Module, config: QuantizationConfig | None = None, images: torch.Tensor | None = None
@@ -28,7 +30,8 @@ def quantize_model(
     """Replace the convolutions, linear layers and embeddings of `model` by fake-quantized ones, in place.
 
     Parameters are shared, state-dict keys such as `layer1.0.conv1.weight` stay, and a float state dict still loads.
-    The student has no ranges until [`calibrate_model`] sets them. On any error the model is left as it was.
+    Half-precision parameters and buffers become float32, with a warning. The student has no ranges until
+    [`calibrate_model`] sets them. On any error the model is left as it was.
 
     Args:
         model (`nn.Module`): Any eager model, from timm, transformers or your own.
@@ -50,10 +53,14 @@ def quantize_model(
     config = QuantizationConfig() if config is None else config
     if not isinstance(config, QuantizationConfig):
         raise InputError(f"config must be a QuantizationConfig, got {type(config).__name__}.")
-    plan = plan_quantization(model, config, images)
-    apply_plan(model, plan)
-    config.record(model)
+    with _undone_on_error(model):
+        narrow = _make_float32(model)
+        plan = plan_quantization(model, config, images)
+        apply_plan(model, plan)
+        config.record(model)
     lines = (*plan.layers, *plan.others, *plan.attention, *plan.residuals)
+    if narrow:
+        warn_of_float32(narrow)
     left = [f"{line.name} ({line.skipped})" for line in lines if line.skipped not in (None, *ASKED_FOR)]
     if left:
         logger.warning("Left in float: %s.", ", ".join(left))
@@ -61,10 +68,42 @@ def quantize_model(
     return plan
 
 
+def require_float32_latents(model: nn.Module) -> None:
+    """Make half-precision parameters and buffers of `model` float32, in place, with a warning: a training begins.
+
+    Weights that were loaded from codes become the values of these, to the last bit of float32.
+    """
+    if narrow := _make_float32(model):
+        warn_of_float32(narrow)
+
+
+def warn_of_float32(narrow: Iterable[torch.dtype]) -> None:
+    """Say that what had these dtypes is float32 now."""
+    logger.warning(
+        "Parameters or buffers of the model were %s; a student trains float32 latents, so they are float32 now.",
+        " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in narrow)),
+    )
+
+
+def _make_float32(model: nn.Module) -> set[torch.dtype]:
+    """Make half-precision tensors of `model` float32, in place; return the dtypes that they had."""
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype in HALF]
+    found = {tensor.dtype for tensor in tensors}
+    exact = {
+        layer.stored_weight: layer.values_of(layer.weight_codes(), layer.stored_weight.shape)
+        for layer in quantized_layers(model).values()
+        if layer.weight_is_on_grid and layer.stored_weight.dtype in HALF
+    }
+    for tensor in tensors:
+        grad, tensor.grad = tensor.grad, None
+        tensor.data = exact[tensor] if tensor in exact else tensor.data.float()
+        tensor.grad = None if grad is None else grad.float()
+    return found
+
+
 def apply_plan(model: nn.Module, plan: QuantizationPlan) -> None:
     """Replace the layers of `model` as `plan` says, in place, and keep it as `model.quantization_plan`."""
     modules = dict(model.named_modules())
-    # Build every layer before the first is put in place: an error leaves the model as it was.
     twins = {modules[layer.name]: _quantize_layer(modules[layer.name], layer) for layer in plan.quantized}
     attention = {
         line.name: AttentionQuantizers(*(_activation_quantizer(line) for _ in range(4))).to(device_of(model))
@@ -74,17 +113,20 @@ def apply_plan(model: nn.Module, plan: QuantizationPlan) -> None:
     outputs = {
         line.name: _activation_quantizer(line).to(device_of(model)) for line in plan.residuals if line.skipped is None
     }
-    _replace([*model.modules(), *twins.values()], twins)
-    for name, module_quantizers in attention.items():
-        intercept(model.get_submodule(name), attention_quantizers=module_quantizers)
-    for name, quantizer in outputs.items():
-        intercept(model.get_submodule(name), output_quantizer=quantizer)
-    for layer in plan.quantized:
-        if layer.bypassed:
-            parent, _, child = layer.name.rpartition(".")
-            intercept(model.get_submodule(parent), bypassed=[child])
-    model.quantization_plan = plan
-    fix_image_ranges(model)
+    with _undone_on_error(model):
+        _replace([*model.modules(), *twins.values()], twins)
+        fused = {line.name: line.fused for line in plan.attention}
+        for name, module_quantizers in attention.items():
+            intercept(model.get_submodule(name), attention_quantizers=module_quantizers, fused=fused[name])
+        for name, quantizer in outputs.items():
+            intercept(model.get_submodule(name), output_quantizer=quantizer)
+        for layer in plan.quantized:
+            if layer.bypassed:
+                parent, _, child = layer.name.rpartition(".")
+                intercept(model.get_submodule(parent), bypassed=[child])
+        model.quantization_plan = plan
+        model.register_load_state_dict_pre_hook(_report_missing_ranges)
+        fix_image_ranges(model)
 
 
 def fix_image_ranges(model: nn.Module) -> None:
@@ -94,12 +136,75 @@ def fix_image_ranges(model: nn.Module) -> None:
             model.get_submodule(layer.name).input_quantizer.requires_grad_(False)
 
 
+def _report_missing_ranges(
+    model: nn.Module,
+    state_dict: Mapping[str, torch.Tensor],
+    prefix: str,
+    _metadata: dict[str, Any],
+    _strict: bool,
+    missing_keys: list[str],
+    *_: list[str],
+) -> None:
+    """Before `load_state_dict`: report the quantizers that a student's state lacks altogether.
+
+    A quantizer, which sees its own keys alone, takes that for a float network's state, which has no range at all.
+    """
+    keys = [
+        [f"{prefix}{name}.{key}" for key in module.state_dict()]
+        for name, module in model.named_modules()
+        if isinstance(module, FakeQuantizer)
+    ]
+    lacking = [own for own in keys if not any(key in state_dict for key in own)]
+    if len(lacking) < len(keys):
+        missing_keys += [key for own in lacking for key in own]
+
+
+_TABLES = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict)]
+
+
+@contextlib.contextmanager
+def _undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Give the modules of `model` their classes, attributes, children, hooks and dtypes back where something raises.
+
+    What tensors hold is not: nothing in between may change them in place.
+    """
+    tensors = [(tensor, tensor.data, tensor.grad) for tensor in (*model.parameters(), *model.buffers())]
+    before = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    tables = [vars(module).get(name) for module in model.modules() for name in _TABLES]
+    tables = [table for table in tables if isinstance(table, dict)]  # a scripted module, which is refused, has others
+    held = [(value, value.copy()) for value in (*tables, *(v for m in model.modules() for v in _holders(m)))]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes in before:
+            module.__class__ = cls
+            vars(module).clear()
+            vars(module).update(attributes)
+        for holder, content in held:
+            holder.clear()
+            holder.update(content) if isinstance(holder, dict) else holder.extend(content)
+        for tensor, data, grad in tensors:
+            if tensor.dtype != data.dtype:
+                tensor.grad = None
+                tensor.data = data
+                tensor.grad = grad
+        raise
+
+
+def _holders(module: nn.Module) -> list[list | dict]:
+    """Return the lists and dicts in which `module` holds others: some models call their layers from those."""
+    values = (value for value in vars(module).values() if isinstance(value, list | dict))
+    return [
+        held
+        for held in values
+        if any(isinstance(child, nn.Module) for child in (held.values() if isinstance(held, dict) else held))
+    ]
+
+
 def _replace(parents: Iterable[nn.Module], twins: Mapping[nn.Module, nn.Module]) -> None:
     """Put the twins in the place of their modules, wherever the parents hold them."""
     for parent in parents:
-        # Not named_children(), which names a shared child once. Lists: some models call their layers from those.
-        holders = [value for value in vars(parent).values() if isinstance(value, list | dict)]
-        for held in holders:
+        for held in _holders(parent):  # not named_children(), which names a shared child once
             for key, child in held.items() if isinstance(held, dict) else enumerate(held):
                 if isinstance(child, nn.Module) and child in twins:
                     held[key] = twins[child]
@@ -177,11 +282,16 @@ def record_signedness(model: nn.Module) -> None:
 
 def dequantize_model(model: nn.Module) -> None:
     """Put the plain float layers back, in place: their weights are the quantized values, activations stay in float."""
-    for module in list(model.modules()):
-        if isinstance(module, InterceptedModule):
-            release(module)
-    _replace(list(model.modules()), {layer: layer.dequantized() for layer in quantized_layers(model).values()})
-    vars(model).pop("quantization_plan", None)
+    twins = {layer: layer.dequantized() for layer in quantized_layers(model).values()}
+    with _undone_on_error(model):
+        for module in list(model.modules()):
+            if isinstance(module, InterceptedModule):
+                release(module)
+        _replace([*model.modules(), *twins.values()], twins)
+        vars(model).pop("quantization_plan", None)
+        for key, wrapped in list(model._load_state_dict_pre_hooks.items()):
+            if wrapped.hook is _report_missing_ranges:
+                del model._load_state_dict_pre_hooks[key]
 
 
 def is_calibrated(model: nn.Module) -> bool:
@@ -220,7 +330,9 @@ def calibrate_model(
 
     Raises:
         `InputError`: No batch, a batch of one image where BatchNorm needs more, a layer whose input is not finite, or
-            a planned layer that the data never reached. The message names the layers; no range is set.
+            a planned layer that the data never reached. The message names the layers.
+
+    On any error the student is left as it was.
     """
     layers = quantized_layers(model)
     if not layers:
@@ -231,7 +343,7 @@ def calibrate_model(
     norms = batch_norms(model)
     by_batch = norms if any(quantizer.bits <= FEW_BITS for quantizer in quantizers(model)) else []
     needs_two = bool(by_batch or (reestimate_batch_norm and norms))
-    try:
+    with _restored_on_error(model):
         with evaluating(model):
             for name, layer in tqdm(layers.items(), "Weights", unit="layer", disable=disable_progress, leave=False):
                 layer.restore_latent()
@@ -244,16 +356,31 @@ def calibrate_model(
                 if reestimate_batch_norm:
                     with _batch_statistics(norms, keep_running=False):
                         _feed(model, batches, bar, needs_two)
-    except BaseException:
-        for module in quantizers(model):
-            module.reset()
-        raise
-    record_signedness(model)
+        record_signedness(model)
     if constant:
         logger.warning(
             "Constant during calibration, from dead units or data unlike the training data: %s.",
             ", ".join(constant),
         )
+
+
+@contextlib.contextmanager
+def _restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Give quantizers their ranges and signs, and layers their codes, back where something raises."""
+    layers = quantized_layers(model).values()
+    attributes = [(module, dict(vars(module))) for module in (*layers, *quantizers(model))]
+    ranges = [tensor for quantizer in quantizers(model) for tensor in quantizer.state_dict(keep_vars=True).values()]
+    codes = [layer.stored_weight for layer in layers if layer.weight_is_on_grid]
+    values = [(tensor, tensor.detach().clone()) for tensor in (*ranges, *codes)]
+    try:
+        yield
+    except BaseException:
+        for module, before in attributes:
+            vars(module).clear()
+            vars(module).update(before)
+        for tensor, value in values:
+            tensor.data = value
+        raise
 
 
 @torch.no_grad()
@@ -382,12 +509,12 @@ def _batch_statistics(batch_norms: list[nn.Module], keep_running: bool) -> Itera
     """Let BatchNorm layers normalise by the batch; their running statistics stay, or become the plain average."""
     momenta = [module.momentum for module in batch_norms]
     running = [{name: buffer.clone() for name, buffer in module.named_buffers()} for module in batch_norms]
-    for module in batch_norms:
-        module.training = True  # not train(), which reaches children of subclasses
-        if not keep_running and module.track_running_stats:
-            module.reset_running_stats()
-            module.momentum = None
     try:
+        for module in batch_norms:
+            module.training = True  # not train(), which reaches children of subclasses
+            if not keep_running and module.track_running_stats:
+                module.reset_running_stats()
+                module.momentum = None
         yield
     except BaseException:
         keep_running = True
@@ -403,7 +530,7 @@ def _batch_statistics(batch_norms: list[nn.Module], keep_running: bool) -> Itera
 
 def _feed(model: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, Any]], bar: tqdm, needs_two: bool) -> None:
     empty = True
-    device = device_of(model)
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     for batch in batches:
         pixel_values = batch.get("pixel_values") if isinstance(batch, Mapping) else batch
         if not isinstance(pixel_values, torch.Tensor):
@@ -417,7 +544,10 @@ def _feed(model: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, Any]],
                 "Calibration got a batch of one image, but BatchNorm needs two or more. Use larger batches."
             )
         inputs = batch if isinstance(batch, Mapping) else {"pixel_values": batch}
-        run_model(model, {key: value.to(device) for key, value in inputs.items() if isinstance(value, torch.Tensor)})
+        inputs = {key: value.to(like.device) for key, value in inputs.items() if isinstance(value, torch.Tensor)}
+        if pixel_values.is_floating_point():
+            inputs["pixel_values"] = inputs["pixel_values"].to(like.dtype)
+        run_model(model, inputs)
         bar.update()
         empty = False
     if empty:

@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from .configuration import FORMAT_VERSION, QuantizationConfig
 from .convert import (
+    HALF,
     apply_plan,
     create_weight_quantizer,
     dequantize_model,
@@ -29,6 +30,7 @@ from .convert import (
     quantized_layers,
     quantizers,
     record_signedness,
+    warn_of_float32,
 )
 from .errors import InputError, quote
 from .hub import hub_id
@@ -76,6 +78,12 @@ class SQAKDHfQuantizer(HfQuantizer):
         if isinstance(layers, dict) and any(name.startswith("timm_model.") for name in layers):
             # Before the model is built: it may be one of the paper's networks.
             from . import models  # noqa: F401
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if self.pre_quantized or dtype not in HALF:
+            return dtype
+        warn_of_float32([dtype])
+        return torch.float32
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         _refuse_offload(kwargs.get("device_map"))

@@ -3,8 +3,9 @@
 Such modules keep their code. While it runs, a [`TorchFunctionMode`] hands the functions it calls quantized operands.
 """
 
+import contextlib
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -47,13 +48,14 @@ class InterceptedModule(nn.Module):
     """Mixin for a module whose forward is intercepted, see [`intercept`]."""
 
     bypassed_layers: tuple[str, ...] = ()
+    planned_fused: bool | None = None
     float_class: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output_quantizer = self._modules.get("output_quantizer")
         if not self.bypassed_layers and "attention_quantizers" not in self._modules:
             return output_quantizer(super().forward(*args, **kwargs))
-        with _Interceptor(self) as interceptor:
+        with self._as_planned(), _Interceptor(self) as interceptor:
             output = super().forward(*args, **kwargs)
         if output_quantizer is not None:
             output = output_quantizer(output)
@@ -63,6 +65,19 @@ class InterceptedModule(nn.Module):
                 "Use attn_implementation='sdpa' or 'eager', as when it was quantized."
             )
         return output
+
+    @contextlib.contextmanager
+    def _as_planned(self) -> Iterator[None]:
+        """Compute attention in the way that its ranges are for, whatever timm's switch or environment says now."""
+        asked = getattr(self, "fused_attn", None)
+        if self.planned_fused in (None, asked):
+            yield
+            return
+        self.fused_attn = self.planned_fused
+        try:
+            yield
+        finally:
+            self.fused_attn = asked
 
     def __reduce_ex__(self, protocol: int):
         # The class exists in memory only.
@@ -74,6 +89,7 @@ def intercept(
     bypassed: Iterable[str] = (),
     attention_quantizers: AttentionQuantizers | None = None,
     output_quantizer: FakeQuantizer | None = None,
+    fused: bool | None = None,
 ) -> None:
     """Make `module` quantize inside its own forward, or what that returns, in place.
 
@@ -82,12 +98,14 @@ def intercept(
         bypassed (`list[str]`): Names of children, quantized layers, whose weight the module applies itself.
         attention_quantizers (`AttentionQuantizers`, *optional*): Applied to the operands of its attention.
         output_quantizer (`FakeQuantizer`, *optional*): Applied to its output, one tensor.
+        fused (`bool`, *optional*): What timm's `fused_attn` is while it runs; `None` leaves that as it is.
     """
     if not isinstance(module, InterceptedModule):
         module.__class__ = _intercepted(type(module))
     module.bypassed_layers = (*module.bypassed_layers, *bypassed)
     if attention_quantizers is not None:
         module.attention_quantizers = attention_quantizers
+        module.planned_fused = fused
     if output_quantizer is not None:
         module.output_quantizer = output_quantizer
 
@@ -97,7 +115,8 @@ def release(module: InterceptedModule) -> None:
     module.__class__ = module.float_class
     for name in ("attention_quantizers", "output_quantizer"):
         module._modules.pop(name, None)
-    vars(module).pop("bypassed_layers", None)
+    for name in ("bypassed_layers", "planned_fused"):
+        vars(module).pop(name, None)
 
 
 @functools.cache

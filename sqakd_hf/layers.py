@@ -129,11 +129,14 @@ class QuantizedLayer(nn.Module):
         weight = self.stored_weight if self.weight_is_on_grid else self.float_weight()
         return encode(weight.detach()).movedim(self.channel_axis, 0).flatten(1)
 
+    def values_of(self, codes: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """Return the float32 values, of this shape, of `codes` as [`weight_codes`] returns them."""
+        rows_first = [shape[self.channel_axis], *(n for i, n in enumerate(shape) if i != self.channel_axis)]
+        return self.weight_quantizer.dequantize(codes.view(rows_first).movedim(0, self.channel_axis))
+
     def set_weight_codes(self, codes: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
         """Make the weight, of this shape and dtype, the values of `codes` as [`weight_codes`] returns them."""
-        rows_first = [shape[self.channel_axis], *(n for i, n in enumerate(shape) if i != self.channel_axis)]
-        codes = codes.view(rows_first).movedim(0, self.channel_axis)
-        values = self.weight_quantizer.dequantize(codes).to(dtype)
+        values = self.values_of(codes, shape).to(dtype)
         # The weight keeps its place in front of the bias: optimizers number parameters in this order.
         others = {name: value for name, value in self._parameters.items() if name != self.weight_name}
         self._buffers.pop(self.weight_name, None)

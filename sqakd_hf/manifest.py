@@ -3,7 +3,7 @@
 import contextlib
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -21,7 +21,7 @@ from .plan import LayerPlan, QuantizationPlan
 FORMATS = ("packed", "latent")
 _ENTRY_FIELDS = {f.name for f in fields(LayerPlan)} - {"name", "num_weights"} | {"weight_shape"}
 # What the first files of this format do not say yet.
-_LATER_FIELDS = {"macs": None, "bypassed": False, "reads_images": False}
+_LATER_FIELDS = {"macs": None, "bypassed": False, "reads_images": False, "fused": None}
 
 
 @dataclass(frozen=True)
@@ -114,16 +114,17 @@ class Manifest:
             where (`str`): The file, for messages.
 
         Raises:
-            `InputError`: A layer that is missing or of another type, unless it lies outside the part that `model` is.
+            `InputError`: A layer that is missing or of another type, unless it is of the head and `model`, of another
+                class than was stored, has none.
         """
         modules = dict(model.named_modules())
+        head = self._head_missing_in(model, modules, prefix)
         layers = []
         for stored_name, entry in self.layers.items():
             name = self._name_in(modules, stored_name, prefix)
+            if stored_name in head:
+                continue
             if name is None:
-                backbone_only = any(other.startswith(f"{prefix}.") for other in self.layers) and prefix not in modules
-                if prefix and backbone_only and not stored_name.startswith(f"{prefix}."):
-                    continue  # the head, which a backbone does not have
                 raise InputError(
                     f"{where}: {type(model).__name__} has no layer {stored_name!r} that the file describes."
                 )
@@ -144,6 +145,17 @@ class Manifest:
             )
         order = {name: i for i, name in enumerate(modules)}
         return QuantizationPlan(*(tuple(sorted(part, key=lambda line: order[line.name])) for part in parts))
+
+    def _head_missing_in(self, model: nn.Module, modules: dict[str, nn.Module], prefix: str) -> set[str]:
+        """Return the stored layers that a class without the head does not have, where `model` is of such a class."""
+        if type(model).__name__ in (getattr(model.config, "architectures", None) or ()):
+            return set()
+        if prefix and prefix not in modules and any(name.startswith(f"{prefix}.") for name in self.layers):
+            return {name for name in self.layers if not name.startswith(f"{prefix}.")}
+        # timm puts an nn.Identity in the head's place. A class of which all is stored has no use for what it lacks.
+        if any(self._name_in(self.tensors, name, prefix) is None for name in model.state_dict()):
+            return set()
+        return {name for name in self.layers if weight_of(modules.get(self._name_in(modules, name, prefix))) is None}
 
     def stored_shape(self, name: str, prefix: str) -> torch.Size:
         """Return the weight shape stored for the layer that a model calls `name`."""
@@ -188,9 +200,9 @@ class Manifest:
             )
 
     @staticmethod
-    def _name_in(modules: dict[str, nn.Module], name: str, prefix: str) -> str | None:
+    def _name_in(known: Container[str], name: str, prefix: str) -> str | None:
         names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if prefix else (name,)
-        return next((n for n in names if n in modules), None)
+        return next((n for n in names if n in known), None)
 
 
 def packed_shape(shape: torch.Size, channel_axis: int, bits: int) -> tuple[int, int]:

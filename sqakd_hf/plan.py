@@ -33,6 +33,8 @@ class LayerPlan:
     calibration has seen whether the layer's input can be negative; weights are always signed. `macs` are the layer's
     multiply-accumulates for one image, `None` where the model did not run on an example. `bypassed` layers are those
     whose weight their parent module applies itself. `reads_images` layers meet the image before any other layer does.
+    `fused` is how a module of timm's that knows two ways computed attention: by one function, which scales after the
+    product, or in steps, with a query that is scaled; `None` elsewhere.
 
     A module that computes attention has a line too: no weights, and in `activation_bits` those of its operands. So has
     a module whose output is added by a residual connection: in `activation_bits` those of that output.
@@ -52,6 +54,7 @@ class LayerPlan:
     macs: int | None = None
     bypassed: bool = False
     reads_images: bool = False
+    fused: bool | None = None
 
     @property
     def learns_input_range(self) -> bool:
@@ -296,8 +299,7 @@ def plan_quantization(
         for name, module in candidates.items()
     )
     lines = tuple(
-        _plan_attention(name, type(model.get_submodule(name)).__name__, config, name in excluded, trace)
-        for name in attention
+        _plan_attention(name, model.get_submodule(name), config, name in excluded, trace) for name in attention
     )
     others = tuple(
         LayerPlan(
@@ -450,9 +452,10 @@ def _plan_layer(
 
 
 def _plan_attention(
-    name: str, layer_type: str, config: QuantizationConfig, is_excluded: bool, trace: Trace
+    name: str, module: nn.Module, config: QuantizationConfig, is_excluded: bool, trace: Trace
 ) -> LayerPlan:
-    base = {"name": name, "layer_type": layer_type, "num_weights": 0, "macs": trace.attention_macs.get(name, 0)}
+    base = {"name": name, "layer_type": type(module).__name__, "num_weights": 0}
+    base["macs"] = trace.attention_macs.get(name, 0)
     options = {**config.layer_options(), "attention_bits": config.attention_bits}
     for override in _overrides_of(name, config, attention=True):
         options.update(override)
@@ -467,6 +470,7 @@ def _plan_attention(
     return LayerPlan(
         **base,
         activation_bits=options["attention_bits"],
+        fused=getattr(module, "fused_attn", None),
         **{key: options[key] for key in ("quantizer", "integer_zero_point", "quantizer_kwargs")},
     )
 

@@ -46,8 +46,15 @@ class ProgressiveBits:
         for quantizer, bits in self._own.items():
             quantizer.bits = max(bits, at_least)
 
+    def forget_ranges(self) -> None:
+        """Leave the quantizers without ranges: those of another width are none."""
+        for quantizer in self._own:
+            quantizer.reset()
+
     def leave(self) -> bool:
-        """Give every quantizer its own width; tell whether one had another."""
+        """Give every quantizer its own width; tell whether one had another. Ranges end with it."""
         changed = any(quantizer.bits != bits for quantizer, bits in self._own.items())
         self.enter(len(self.widths))
+        if changed:
+            self.forget_ranges()
         return changed

@@ -7,10 +7,26 @@ from typing import NamedTuple
 import torch
 
 
-class _Again(NamedTuple):
-    """A tensor that was not kept: how to compute what it is a view of, and which view it is."""
+class _Kept(NamedTuple):
+    """A tensor and its version: autograd leaves it to whoever packs tensors to notice changes in place."""
 
-    compute: Callable[[], torch.Tensor]
+    tensor: torch.Tensor
+    version: int
+
+    def unchanged(self) -> torch.Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"A tensor {list(self.tensor.shape)} that the backward needs was changed in place after it was used. "
+                "Change a copy of it."
+            )
+        return self.tensor
+
+
+class _Again(NamedTuple):
+    """A tensor that was not kept: what it is computed of and how, and which view of that it is."""
+
+    source: _Kept
+    compute: Callable[[torch.Tensor], torch.Tensor]
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
@@ -35,7 +51,7 @@ class recompute_quantized(torch.autograd.graph.saved_tensors_hooks):  # noqa: N8
     def __init__(self) -> None:
         super().__init__(self._pack, self._unpack)
         # By storage: layers save views of what they were given. Entries live as long as the tensor does.
-        self._made: dict[int, tuple[weakref.ref, Callable[[], torch.Tensor]]] = {}
+        self._made: dict[int, tuple[weakref.ref, int, _Kept, Callable[[torch.Tensor], torch.Tensor]]] = {}
 
     def __enter__(self) -> "recompute_quantized":
         super().__enter__()
@@ -46,31 +62,36 @@ class recompute_quantized(torch.autograd.graph.saved_tensors_hooks):  # noqa: N8
         _active.remove(self)
         super().__exit__(*args)
 
-    def remember(self, output: torch.Tensor, compute: Callable[[], torch.Tensor]) -> None:
-        """Note that `compute()` gives `output` again."""
+    def remember(
+        self, output: torch.Tensor, source: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """Note that `compute(source)` gives `output` again."""
         key = output.untyped_storage()._cdata
-        self._made[key] = weakref.ref(output, lambda _: self._made.pop(key, None)), compute
+        made = weakref.ref(output, lambda _: self._made.pop(key, None))
+        self._made[key] = made, output._version, _Kept(source, source._version), compute
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Again:
-        made, compute = self._made.get(tensor.untyped_storage()._cdata, (None, None))
+    def _pack(self, tensor: torch.Tensor) -> _Kept | _Again:
+        made, version, *how = self._made.get(tensor.untyped_storage()._cdata, (None, None))
         output = None if made is None else made()
-        if output is None or output.dtype != tensor.dtype:
-            return tensor
-        return _Again(compute, tensor.size(), tensor.stride(), tensor.storage_offset() - output.storage_offset())
+        # What was changed in place since then (`x += shortcut`) is nothing that can be computed again.
+        if output is None or output.dtype != tensor.dtype or output._version != version:
+            return _Kept(tensor, tensor._version)
+        return _Again(*how, tensor.size(), tensor.stride(), tensor.storage_offset() - output.storage_offset())
 
     @staticmethod
-    def _unpack(packed: torch.Tensor | _Again) -> torch.Tensor:
-        if isinstance(packed, torch.Tensor):
-            return packed
+    def _unpack(packed: _Kept | _Again) -> torch.Tensor:
+        if isinstance(packed, _Kept):
+            return packed.unchanged()
         with torch.no_grad():
-            output = packed.compute()
+            output = packed.compute(packed.source.unchanged())
         return output.as_strided(packed.size, packed.stride, output.storage_offset() + packed.offset)
 
 
 _active: list[recompute_quantized] = []
 
 
-def remember(output: torch.Tensor, compute: Callable[[], torch.Tensor]) -> None:
+def remember(output: torch.Tensor, source: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Tell the active [`recompute_quantized`], if there is one, how to compute `output` again."""
-    if _active and not torch.compiler.is_compiling():
-        _active[-1].remember(output, compute)
+    # In inference mode, tensors have no version, and no backward.
+    if _active and not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+        _active[-1].remember(output, source, compute)

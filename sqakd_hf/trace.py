@@ -96,11 +96,16 @@ def trace_model(model: nn.Module, layers: Mapping[str, nn.Module], images: torch
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put `model` in eval mode for a while; each module's own mode comes back."""
     was_training = {module: module.training for module in model.modules()}
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
+        on_grid = [m for m in was_training if isinstance(m, QuantizedLayer) and m.weight_is_on_grid]
+        for layer in on_grid:
+            layer.weight_is_on_grid = False  # lest train() makes latents of the values
         model.train()  # timm's caches of what eval mode computed from the weights end with it
+        for layer in on_grid:
+            layer.weight_is_on_grid = True
         for module, training in was_training.items():
             module.training = training
 

@@ -35,6 +35,7 @@ from .convert import (
     quantizers,
     record_signedness,
     reestimate_batch_norm,
+    require_float32_latents,
 )
 from .delta import estimate_delta
 from .errors import InputError
@@ -235,6 +236,7 @@ class SQAKDTrainer(Trainer):
                 f"The checkpoint {resume_from_checkpoint!r} does not exist or is half-written. "
                 "resume_from_checkpoint=True finds the last complete one."
             )
+        require_float32_latents(self.model)
         if not resume_from_checkpoint and not is_calibrated(self.model):
             self.calibrate()
         self.model.train()  # a student loaded from codes becomes latent before it is spread over devices
@@ -265,9 +267,8 @@ class SQAKDTrainer(Trainer):
             if self._progressive is not None and self._progressive.leave():
                 self.calibrate()  # stopped before its last stage
         finally:
-            if self._progressive is not None and self._progressive.leave():
-                for quantizer in quantizers(self.model):
-                    quantizer.reset()  # ranges of another width are none
+            if self._progressive is not None:
+                self._progressive.leave()
             if self._feature_terms is not None:
                 self._feature_terms.remove()
                 self._feature_terms = None
@@ -602,6 +603,7 @@ class SQAKDTrainer(Trainer):
         self._progressive.enter(stage)
         self._stage = stage
         if step == 0 or stage != self._progressive.stage(step - 1, steps):  # else a checkpoint brought the ranges
+            self._progressive.forget_ranges()
             self.calibrate()
             for parameter in self._ranges(self.model):
                 self.optimizer.state.pop(parameter, None)  # what it remembers is of other ranges

@@ -1,15 +1,19 @@
+import contextlib
 import copy
 import logging
 import math
+import pickle
 import re
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, BatchFeature
 
 from sqakd_hf import (
+    FakeQuantizer,
     InputError,
     QuantizationConfig,
     QuantizedLayer,
@@ -22,8 +26,10 @@ from sqakd_hf import (
 )
 from sqakd_hf import convert as convert_module
 from sqakd_hf import layers as layers_module
-from sqakd_hf.outputs import run_model
-from tests.conftest import Wrapper, tiny_vit
+from sqakd_hf.delta import estimate_delta
+from sqakd_hf.layer_error import layer_sqnr
+from sqakd_hf.outputs import predict, run_model
+from tests.conftest import TinyConvNet, Wrapper, tiny_vit
 
 
 QUANTIZERS = ["dorefa", "ewgs", "lsq", "lsq+", "pact", "statsq"]
@@ -49,6 +55,28 @@ def batch_norms(model):
 
 def norm_state(model):
     return {f"{i}.{key}": value.clone() for i, m in enumerate(batch_norms(model)) for key, value in m.named_buffers()}
+
+
+def state_of(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def everything_of(model):
+    """Whatever a student is: modules, tensors by value, and what else they know."""
+    known = [
+        {key: value for key, value in vars(module).items() if not isinstance(value, dict)}
+        for module in model.modules()
+    ]
+    tensors = [(tensor.clone(), tensor.requires_grad) for tensor in (*model.parameters(), *model.buffers())]
+    return modules_of(model), known, tensors
+
+
+def assert_as_it_was(model, before):
+    modules, known, tensors = everything_of(model)
+    assert (modules, known) == before[:2]
+    for (found, learns), (expected, learned) in zip(tensors, before[2], strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        assert learns == learned
 
 
 def modules_of(model):
@@ -197,16 +225,46 @@ class TestQuantizeModel:
         fresh.load_state_dict(conv_net.state_dict(), strict=True)
         assert is_calibrated(fresh) and torch.equal(fresh(images), conv_net(images))
 
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("quantizer", QUANTIZERS)
-    def test_weights_keep_their_dtype_and_ranges_are_float32(self, quantizer, dtype):
-        model = linear_net(6, 5, 4).to(dtype)
+    def test_weights_keep_float64_and_ranges_are_float32(self, quantizer):
+        model = linear_net(6, 5, 4).double()
         quantize_model(model, QuantizationConfig(quantizer=quantizer, weight_bits=4, activation_bits=4))
-        x = randn(7, 6).to(dtype)
+        x = randn(7, 6).double()
         calibrate(model, [x])
-        assert model[0].weight.dtype == dtype and model(x).dtype == dtype
+        assert model[0].weight.dtype == torch.float64 and model(x).dtype == torch.float64
         assert {v.dtype for key, v in ranges(model).items() if not key.endswith("signed_flag")} == {torch.float32}
         assert torch.isfinite(model(x)).all()
+
+    @pytest.mark.parametrize("dtype", convert_module.HALF, ids=str)
+    @pytest.mark.parametrize("build", [TinyConvNet, tiny_vit])
+    def test_half_precision_becomes_float32_with_a_sentence(self, build, dtype, images, caplog):
+        torch.manual_seed(0)
+        model = build().to(dtype)
+        parameters, expected = dict(model.named_parameters()), copy.deepcopy(model).float()
+        predict(model, {"pixel_values": images.to(dtype)}).logits.sum().backward()
+        expected.load_state_dict(model.state_dict())
+        quantize_model(model)
+        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+            f"Parameters or buffers of the model were {str(dtype)[6:]}; a student trains float32 latents, so they are "
+            "float32 now."
+        ]
+        assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
+        assert {parameter.grad.dtype for parameter in parameters.values() if parameter.grad is not None} == {
+            torch.float32
+        }
+        quantize_model(expected)
+        calibrate(expected, [images.to(dtype).float()])
+        assert same(calibrate(model, [images.to(dtype)]).state_dict(), expected.state_dict())  # images of either kind
+
+    def test_an_error_gives_half_precision_back(self, vit, monkeypatch):
+        before = everything_of(vit.bfloat16())
+        with pytest.raises(InputError, match="nowhere"):
+            quantize_model(vit, QuantizationConfig(modules_to_not_convert=["nowhere"]))
+        assert_as_it_was(vit, before)
+        monkeypatch.setattr(QuantizationConfig, "record", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            quantize_model(vit)
+        assert_as_it_was(vit, before)
 
     def test_quantizers_are_made_on_the_device_of_the_weight(self):
         model = linear_net(6, 5, 4).to("meta")
@@ -251,6 +309,25 @@ class TestQuantizeModel:
         assert modules_of(conv_net) == before and list(conv_net.state_dict()) == keys
         assert not hasattr(conv_net, "quantization_plan") and not quantized_layers(conv_net)
 
+    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+    @pytest.mark.parametrize("config", [{"attention_bits": 8}, {}])
+    def test_so_does_one_while_layers_are_put_in_place(self, vit, config, error):
+        """Modules and models are free to refuse a change of their class or of an attribute."""
+
+        class Stubborn(type(vit)):
+            def __setattr__(self, name, value):
+                if name in ("quantization_plan", "hf_quantizer")[not config :] and value is not None:
+                    raise error
+                super().__setattr__(name, value)
+
+        vit.__class__ = Stubborn
+        vit.lists = [vit.classifier, vit.base_model]  # some models call their layers from lists
+        before, lists = everything_of(vit), vit.lists[:]
+        with pytest.raises(error):
+            quantize_model(vit, QuantizationConfig(**config))
+        assert_as_it_was(vit, before)
+        assert vit.lists == lists and not hasattr(vit.config, "quantization_config")
+
     def test_the_fused_path_of_a_transformer_layer_does_not_pass_the_quantizers_by(self):
         # In eval mode without gradients nn.TransformerEncoderLayer hands its weights to one fused kernel, unless a
         # hook is attached, as it is during calibration. Whatever is done about it, both must compute the same.
@@ -287,6 +364,44 @@ class TestQuantizeModel:
             without_gradient = model(x)
         # Attention kernels may differ with and without gradients; a skipped 1-bit layer is off by 0.1.
         torch.testing.assert_close(without_gradient, model(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+class TestStateDicts:
+    """`load_state_dict` reports what a student lacks, and takes a float network's state for one."""
+
+    @pytest.fixture(params=["conv net", "vit"])
+    def student(self, request, images):
+        torch.manual_seed(0)
+        model = timm.create_model("test_resnet", num_classes=4) if request.param == "conv net" else tiny_vit()
+        config = {"residual_bits": 8} if request.param == "conv net" else {"attention_bits": 8}
+        self.float_state = state_of(model)
+        quantize_model(model, QuantizationConfig(**config), images)
+        return calibrate(model, [images])
+
+    @pytest.mark.parametrize("wrap", [lambda m: m, Wrapper, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    def test_that_lack_all_of_a_quantizer_are_reported(self, student, wrap):
+        names = [name for name, module in student.named_modules() if isinstance(module, FakeQuantizer)]
+        kinds = {name.rpartition(".")[2]: name for name in names}
+        assert len(kinds) in (3, 6)  # of weights, inputs, and of sums or of attention
+        model = wrap(student)
+        state = state_of(model)
+        for name in [*kinds.values(), names[0], names[-1]]:
+            lacking = {key for key in state if f"{name}." in key}
+            partial = {key: value for key, value in state.items() if key not in lacking}
+            assert lacking and set(model.load_state_dict(partial, strict=False).missing_keys) == lacking
+            with pytest.raises(RuntimeError, match=rf"Missing key\(s\).*{re.escape(name)}"):
+                model.load_state_dict(partial)
+        assert model.load_state_dict(state).missing_keys == []
+
+    def test_of_a_float_network_load_and_leave_ranges(self, student):
+        before = ranges(student)
+        assert student.load_state_dict(self.float_state) == ([], [])
+        assert same(ranges(student), before)
+
+    def test_of_a_dequantized_student_are_those_of_any_module(self, student):
+        convert_module.dequantize_model(student)
+        assert not any(module._load_state_dict_pre_hooks for module in student.modules())
+        student.load_state_dict(self.float_state)
 
 
 class TestIsCalibrated:
@@ -668,6 +783,86 @@ class TestModes:
         with pytest.raises(KeyboardInterrupt):
             calibrate(model, SecondPassFails(), reestimate_batch_norm=True)
         assert same(norm_state(model), statistics)
+
+
+class Interrupted:
+    """Batches that end in an error, each time they are read."""
+
+    def __init__(self, *batches):
+        self.batches = batches
+
+    def __iter__(self):
+        yield from self.batches
+        raise KeyboardInterrupt
+
+
+class TestErrors:
+    """On any error a student is what it was before."""
+
+    @pytest.fixture(params=["uncalibrated", "calibrated", "trained", "reloaded"])
+    def student(self, request, conv_net, images, tmp_path):
+        # DoReFa's latents are other numbers than its values.
+        model = conv_net if request.param != "reloaded" else build_model("timm/test_resnet", 4, 16)
+        quantize_model(model.train(), QuantizationConfig(quantizer="dorefa", weight_bits=4, activation_bits=4))
+        if request.param == "uncalibrated":
+            return model
+        calibrate(model, [images])
+        if request.param == "trained":
+            model.stem[0].requires_grad_(False)
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            for _ in range(2):
+                model(images).square().mean().backward()
+                optimizer.step()
+        if request.param == "reloaded":
+            model.save_pretrained(tmp_path)
+            model = AutoModelForImageClassification.from_pretrained(tmp_path)
+            assert all(layer.weight_is_on_grid for layer in quantized_layers(model).values())
+        return model
+
+    @pytest.mark.parametrize("bad", ["nan", "one image", "interrupt", "missed", "weight"])
+    def test_in_a_calibration(self, student, images, bad):
+        batches = Interrupted(images.abs() * 3, *{"nan": [images * torch.nan], "one image": [images[:1]]}.get(bad, []))
+        last = list(quantized_layers(student).values())[-1]
+        if bad == "missed":
+            last.forward, batches = lambda x: x, [images.abs() * 3]
+        if bad == "weight":
+            last.weight.data[0] = torch.inf
+        before = everything_of(student)
+        with pytest.raises((InputError, KeyboardInterrupt)):
+            calibrate(student, batches, reestimate_batch_norm=True)
+        assert_as_it_was(student, before)
+
+    @pytest.mark.parametrize("break_off", [True, False])
+    def test_and_without_one_wherever_a_student_is_only_measured(self, student, images, break_off):
+        if not is_calibrated(student):
+            pytest.skip("it has nothing to measure")
+        teacher = copy.deepcopy(student)
+        convert_module.dequantize_model(teacher)
+        batches = Interrupted(images) if break_off else [images]
+        loss = [{"pixel_values": images}] if not break_off else Interrupted({"pixel_values": images})
+        before = everything_of(student)
+        for measure in (
+            lambda: layer_sqnr(student, teacher, batches),
+            lambda: estimate_delta(
+                student,
+                lambda batch: predict(student, batch).logits.square().mean(),
+                loss,
+                max_draws=2,
+                disable_progress=True,
+            ),
+            lambda: break_off and convert_module.reestimate_batch_norm(student, batches, disable_progress=True),
+        ):
+            with pytest.raises(KeyboardInterrupt) if break_off else contextlib.nullcontext():
+                measure()
+            assert_as_it_was(student, before)
+
+    def test_in_a_dequantization(self):
+        model = build_model("timm/test_vit", 4, 32)
+        quantize_model(model, QuantizationConfig(attention_bits=8))
+        before = everything_of(model)
+        with pytest.raises(InputError, match="no range yet"):
+            convert_module.dequantize_model(model)
+        assert_as_it_was(model, before)
 
 
 class TestBatches:

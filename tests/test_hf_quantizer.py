@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -248,6 +250,44 @@ def test_bfloat16_keeps_codes_and_ranges(saved, tmp_path):
     assert all(torch.equal(layer.weight_codes(), codes[name]) for name, layer in quantized_layers(again).items())
 
 
+@pytest.mark.parametrize(("build", "size"), [(tiny_vit, 16), (timm_resnet, 32)], ids=["native-vit", "timm"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+class TestHalfPrecision:
+    def test_checkpoints_give_students_in_float32(self, tmp_path, build, size, dtype, caplog):
+        torch.manual_seed(0)
+        model = build().to(dtype)
+        model.save_pretrained(tmp_path / "float")
+        loaded = AutoModelForImageClassification.from_pretrained(
+            tmp_path / "float", quantization_config=QuantizationConfig(weight_bits=4, activation_bits=4)
+        )
+        assert sum("so they are float32 now" in record.getMessage() for record in caplog.records) == 1
+        tensors = [*loaded.parameters(), *loaded.buffers()]
+        assert not {torch.float16, torch.bfloat16} & {tensor.dtype for tensor in tensors}
+        state = loaded.state_dict()
+        for key, value in model.state_dict().items():
+            assert torch.equal(state[key], value.float() if value.is_floating_point() else value), key
+        calibrate_model(loaded, [torch.randn(8, 3, size, size)], disable_progress=True)
+
+    def test_students_stay_so_until_they_train(self, tmp_path, build, size, dtype, caplog):
+        model = student(build, size, quantizer="dorefa", weight_bits=3)
+        model.save_pretrained(tmp_path / "student")
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "student", dtype=dtype)
+        assert loaded.dtype == dtype and not any("float32 now" in each.getMessage() for each in caplog.records)
+        exact = AutoModelForImageClassification.from_pretrained(tmp_path / "student")
+        images = [{"pixel_values": torch.randn(3, size, size)} for _ in range(8)]
+        args = SQAKDTrainingArguments(
+            tmp_path / "trained", max_steps=1, learning_rate=0.0, report_to="none", use_cpu=True, disable_tqdm=True
+        )
+        trainer = SQAKDTrainer(loaded, build(), args, train_dataset=images)
+        trainer.train()
+        assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+        assert sum("so they are float32 now" in record.getMessage() for record in caplog.records) == 1
+        # The very latents that a student has which was loaded in float32.
+        exact.train()
+        for name, layer in quantized_layers(exact).items():
+            assert torch.equal(loaded.get_submodule(name).weight, layer.weight), name
+
+
 def test_shards(saved, tmp_path):
     folder, model = saved
     model.save_pretrained(tmp_path, max_shard_size="2KB")
@@ -264,6 +304,47 @@ def test_the_backbone_loads_without_its_head(saved):
         assert torch.equal(
             backbone(images).last_hidden_state[:, 0], model(images, output_hidden_states=True).hidden_states[-1][:, 0]
         ) or torch.equal(backbone(images).last_hidden_state, model.vit(images).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("test_resnet", ["fc"]),
+        ("test_vit", ["head"]),
+        ("test_efficientnet", ["classifier"]),
+        ("deit_tiny_distilled_patch16_224", ["head", "head_dist"]),
+    ],
+)
+def test_embeddings_of_timm_models_are_those_in_front_of_the_head(name, heads, tmp_path):
+    size = 224 if "224" in name else 32
+    model = student(lambda: build_model(f"timm/{name}", CLASSES, image_size=size), size)
+    model.save_pretrained(tmp_path)
+    trunk = AutoModel.from_pretrained(tmp_path)
+    left_out = quantized_layers(model).keys() - quantized_layers(trunk).keys()
+    assert left_out == {f"timm_model.{head}" for head in heads}
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        features = model.timm_model.forward_features(images)
+        found = trunk(images)
+        assert torch.equal(found.last_hidden_state, features)
+        assert torch.equal(found.pooler_output, model.timm_model.forward_head(features, pre_logits=True))
+
+
+def test_a_pipeline_extracts_features_with_a_timm_student(tmp_path):
+    student(timm_resnet, 32).save_pretrained(tmp_path)
+    image = PIL.Image.fromarray(np.full((40, 40, 3), 90, np.uint8))
+    assert np.array(pipeline("image-feature-extraction", model=str(tmp_path))(image)).shape == (1, 96, 1, 1)
+
+
+def test_another_class_that_lacks_what_is_stored_of_it_is_refused(tmp_path):
+    """What is missing is left out only where the class itself is complete."""
+    model = student(timm_resnet, 32)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architecture"] = "test_vit"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="has no layer|is stored as"):
+        AutoModel.from_pretrained(tmp_path)
 
 
 def test_another_number_of_classes_starts_the_head_anew(saved, caplog):

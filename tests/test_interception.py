@@ -4,6 +4,7 @@ import pickle
 import pytest
 import timm
 import torch
+from timm.layers import set_fused_attn, use_fused_attn
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, ViTConfig
@@ -226,6 +227,80 @@ class TestModels:
                 output = student(IMAGES)
             logits.append(output if isinstance(output, torch.Tensor) else output.logits)
         assert 0 < (logits[1] - logits[0]).norm() / logits[0].norm() < 0.05
+
+
+class TestSwitches:
+    """A student computes attention as it did when it was quantized, whatever is switched later."""
+
+    @staticmethod
+    def model(name="test_vit", **options):
+        torch.manual_seed(0)
+        model = timm.create_model(name, num_classes=10, **options)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(3 if parameter.dim() > 1 else 1)
+        return model
+
+    @staticmethod
+    def switch(model, fused):
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = fused
+
+    @pytest.mark.parametrize("fused", [True, False])
+    @pytest.mark.parametrize("name", ["test_vit", "test_vit3"])
+    def test_of_timm_change_no_code(self, name, fused):
+        model, images = self.model(name, img_size=32), torch.randn(2, 3, 32, 32)
+        self.switch(model, fused)
+        student, plan = student_of(model, images, attention_bits=4)
+        switchable = {name for name, module in model.named_modules() if hasattr(module, "fused_attn")}
+        assert switchable and {line.fused for line in plan.attention if line.name in switchable} == {fused}
+        with torch.no_grad():
+            expected = student(images)
+            self.switch(student, not fused)
+            assert torch.equal(student(images), expected)
+            assert torch.equal(pickle.loads(pickle.dumps(student))(images), expected)
+        assert all(student.get_submodule(name).fused_attn is not fused for name in switchable)  # it is the user's
+
+    @pytest.mark.parametrize("fused", [True, False])
+    def test_of_a_process_that_loads_the_student_change_no_code(self, fused, tmp_path):
+        from sqakd_hf import build_model
+
+        was = use_fused_attn()
+        try:
+            set_fused_attn(fused)
+            torch.manual_seed(0)
+            model = build_model("timm/test_vit", 10, 32)
+            model.timm_model.load_state_dict(self.model(img_size=32).state_dict())
+            student, _ = student_of(model, attention_bits=4)
+            student.save_pretrained(tmp_path)
+            set_fused_attn(not fused)
+            loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+        finally:
+            set_fused_attn(was)
+        with torch.no_grad():
+            assert torch.equal(loaded(IMAGES).logits, student(IMAGES).logits)
+        attention = loaded.timm_model.blocks[0].attn
+        assert attention.fused_attn is not fused
+        dequantize_model(loaded)
+        assert attention.fused_attn is not fused and not hasattr(attention, "planned_fused")
+
+    def test_students_without_a_note_of_it_compute_as_they_are_built(self):
+        student, _ = student_of(self.model(img_size=32), attention_bits=4)
+        for module in student.modules():
+            vars(module).pop("planned_fused", None)  # as stored by earlier versions
+        with torch.no_grad():
+            expected = student(IMAGES)
+            self.switch(student, False)
+            assert not torch.equal(student(IMAGES), expected)
+
+    @pytest.mark.parametrize("implementations", [("sdpa", "eager"), ("eager", "sdpa")])
+    def test_of_transformers_change_no_code_because_both_scale_after_the_product(self, implementations):
+        student, _ = student_of(vit(implementations[0]), attention_bits=4)
+        with torch.no_grad():
+            expected = student(IMAGES).logits
+            student.set_attn_implementation(implementations[1])
+            assert torch.equal(student(IMAGES).logits, expected)
 
 
 def test_another_attention_than_was_quantized_is_an_error():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from sqakd_hf import QuantizationConfig, calibrate_model, plan_quantization, quantize_model
+from sqakd_hf import QuantizationConfig, calibrate_model, plan_quantization, quantize_model, quantized_layers
+from sqakd_hf.convert import dequantize_model
 from sqakd_hf.multihead import QuantizedMultiheadAttention
 
 
@@ -112,3 +113,15 @@ def test_forms_that_are_not_computed_stay_in_float_with_all_their_layers(options
     plan = plan_quantization(Cross(**options), QuantizationConfig(), torch.randn(1, 3, 16, 16))
     assert [layer.name for layer in plan.quantized] == ["stem", "head"]
     assert "attention.out_proj" in [layer.name for layer in plan.skipped]
+
+
+def test_dequantizing_gives_both_projections_back():
+    torch.manual_seed(0)
+    model, images = Net(), torch.randn(4, 3, 32, 32)
+    quantize_model(model, QuantizationConfig(weight_bits=4, activation_bits=None), images)
+    calibrate_model(model, [images], disable_progress=True)
+    with torch.no_grad():
+        expected = model.eval()(images)
+        dequantize_model(model)
+        assert not quantized_layers(model)
+        torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-6)  # other kernels

@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -77,6 +79,23 @@ def test_a_training_that_breaks_leaves_no_ranges_of_another_width(tmp_path, monk
     monkeypatch.setattr(trainer, "log", lambda *args, **kwargs: 1 / 0)
     trainer.args.logging_steps = 1
     with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert trainer.model.body[0].weight_quantizer.bits == 2 and not is_calibrated(trainer.model)
+
+
+@pytest.mark.parametrize("stage", range(3))
+def test_nor_does_one_that_breaks_while_ranges_are_set_anew(tmp_path, monkeypatch, stage):
+    trainer, _ = trainer_with(tmp_path)
+    trainer.calibrate()
+    sample = trainer._sample
+
+    def interrupted(count):
+        yield next(iter(sample(count)))
+        if trainer.model.body[0].weight_quantizer.bits == (8, 4, 2)[stage]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "_sample", interrupted)
+    with contextlib.suppress(KeyboardInterrupt):  # which may only end the training
         trainer.train()
     assert trainer.model.body[0].weight_quantizer.bits == 2 and not is_calibrated(trainer.model)
 

@@ -49,7 +49,7 @@ def _quantizing(quantizer: FakeQuantizer, name: str, calls: "Counter[str]") -> C
     attributes = _attributes(quantizer, name)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        inputs = (x, quantizer.export_scale, quantizer.export_zero_point)
+        inputs = (quantizer.transform(x), quantizer.export_scale, quantizer.export_zero_point)
         own = {**attributes, "call": calls[name]}  # of a layer that is used several times
         calls[name] += 1
         return torch.onnx.ops.symbolic(f"{DOMAIN}::{QUANTIZE}", inputs, own, dtype=x.dtype, shape=x.shape)

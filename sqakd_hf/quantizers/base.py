@@ -167,10 +167,10 @@ class FakeQuantizer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Fake-quantize `x`: same shape and dtype, values on the grid, arithmetic in float32."""
         self._require_range()
-        operands = (self.transform(x), *self.clip_range(x))
-        if operands[1].dtype not in (torch.float32, torch.float64):
+        source, ends = self.transform(x), self.clip_range(x)
+        if ends[0].dtype not in (torch.float32, torch.float64):
             raise InputError(
-                f"The range of this {self.role} quantizer arrives in {operands[1].dtype}: something casts parameters "
+                f"The range of this {self.role} quantizer arrives in {ends[0].dtype}: something casts parameters "
                 "behind it, such as FSDP's mixed precision. Shard with MixedPrecisionPolicy() and compute in a lower "
                 "precision by torch.autocast, which leaves ranges in float32."
             )
@@ -183,11 +183,11 @@ class FakeQuantizer(nn.Module):
             "clip_only": self.clip_only,
         }
 
-        def compute() -> torch.Tensor:
-            return fake_quantize(*operands, **options).to(x.dtype)
+        def compute(source: torch.Tensor) -> torch.Tensor:
+            return fake_quantize(source, *ends, **options).to(x.dtype)
 
-        output = compute()
-        remember(output, compute)
+        output = compute(source)
+        remember(output, source, compute)
         return output
 
     @torch.no_grad()

@@ -26,6 +26,7 @@ from sqakd_hf import (
     verify_export,
 )
 from sqakd_hf.export import verification
+from sqakd_hf.quantizers import base
 from tests.conftest import IMAGE_SIZE, TinyConvNet, tiny_vit
 
 
@@ -224,6 +225,35 @@ class TestRanges:
         for signed in (False, True):
             report = export_onnx(model.eval(), tmp_path / "a.onnx", signed_activations=signed, images=images)
             assert report.check.differing.get("stem.0.input_quantizer", 0) == 0
+
+
+class TestTransforms:
+    """What a registered quantizer does in front of its range is in the file."""
+
+    @pytest.mark.parametrize(
+        "transform",
+        [lambda self, x: x.sign() * x.abs().sqrt(), lambda self, x: torch.tanh(x) * self.upper, lambda self, x: x - 1],
+        ids=["square root", "tanh of the range", "shift"],
+    )
+    @pytest.mark.parametrize("options", [{}, {"signed_activations": True}], ids=["uint8", "int8"])
+    def test_of_activations_are_exported(self, transform, options, monkeypatch, tmp_path):
+        class Companded(base.FakeQuantizer):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                self.upper = self.new_range_parameter()
+
+            def init_range(self, x):
+                self.set_range(upper=self.rows(x).abs().amax(1))
+
+            def clip_range(self, x=None):
+                return (-self.upper if self.signed else torch.zeros_like(self.upper)), self.upper
+
+        for role in base.ROLES:
+            monkeypatch.setitem(base._REGISTRY, ("companded", role), type("Own", (Companded,), {}))
+        base._REGISTRY["companded", "activation"].transform = transform
+        student = student_of(TinyConvNet(), quantizer="companded", weight_bits=4, activation_bits=4)
+        report = export_onnx(student, tmp_path / "student.onnx", **options)
+        assert report.check.codes and report.check.max_code_difference <= 1
 
 
 class Bounded(nn.Module):
