@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,15 @@ from transformers import (
 )
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
 
-from .errors import InputError, first_line, suggest
+from .errors import InputError, first_line, quote, suggest
 from .hub import hub_is_reachable
 
 
@@ -27,10 +35,15 @@ logger = logging.getLogger(__name__)
 TIMM_PREFIX = "timm/"
 # How Pillow numbers the ways of resampling that ImageTransform knows by name.
 _RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+# Names of files of weights, half-written ones (`model.safetensors.part`) included.
+_WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack)\b")
 
 
 class WeightsNotFoundError(InputError):
-    """The name is a known architecture, but neither the Hub nor the local cache gives its weights."""
+    """The name is a known architecture without weights: the Hub and the local cache, or the folder, have none.
+
+    Never said of weights that are there and damaged, nor of a student, which is its weights.
+    """
 
 
 def load_teacher(name: str, num_labels: int | None = None, **kwargs: Any) -> PreTrainedModel:
@@ -44,33 +57,91 @@ def load_teacher(name: str, num_labels: int | None = None, **kwargs: Any) -> Pre
         **kwargs: Passed to `from_pretrained`.
 
     Raises:
-        `WeightsNotFoundError`: Neither the Hub nor the cache has the weights.
-        `InputError`: A name that does not exist, with close names.
+        `WeightsNotFoundError`: Neither the Hub nor the cache has the weights, or the folder is a `config.json` alone.
+        `InputError`: A name that does not exist, with close names; files that are damaged or lack weights.
     """
     source = resolve_name(name)
+    offline = not os.path.isdir(source) and not hub_is_reachable()
+    config = None
     try:
-        offline = not os.path.isdir(source) and not hub_is_reachable()
         config = AutoConfig.from_pretrained(source, local_files_only=offline)
         if isinstance(config, TimmWrapperConfig):
             _timm()  # it may be one of the paper's networks
             # A timm repository may state it, the wrapper states it too.
             config.model_args = {k: v for k, v in (config.model_args or {}).items() if k != "num_classes"}
-        if num_labels is not None and num_labels != config.num_labels:
+        new_head = num_labels is not None and num_labels != config.num_labels
+        if new_head:
             _set_num_labels(config, num_labels)
             kwargs["ignore_mismatched_sizes"] = True
         # A teacher is in full precision, whatever its file is in.
         kwargs.setdefault("dtype", torch.float32)
-        return AutoModelForImageClassification.from_pretrained(
-            source, config=config, local_files_only=offline, **kwargs
+        model, found = AutoModelForImageClassification.from_pretrained(
+            source, config=config, local_files_only=offline, output_loading_info=True, **kwargs
         )
-    except (OSError, ValueError) as error:
-        where = "The folder" if os.path.isdir(source) else "Neither the Hub nor the local cache"
-        verb = "has no" if os.path.isdir(source) else "gives"
-        raise WeightsNotFoundError(
-            f"{where} {verb} trained weights for {name!r}"
-            + (f" ({source})" if source != name else "")
-            + f": {first_line(error)} Check the name and the connection, or pass a folder with a trained model."
-        ) from error
+    except InputError:
+        raise
+    except Exception as error:  # whatever a damaged file makes its reader raise
+        shown = repr(name) + (f" ({source})" if source != name else "")
+        raise _why_not_loaded(source, shown, config, offline, error) from error
+    missing = sorted(key for key in found["missing_keys"] if not (new_head and _may_start_anew(model, key)))
+    if missing:
+        raise InputError(
+            f"The files of {name!r} lack {quote(missing[:3])}, {len(missing)} weights of {type(model).__name__}: "
+            "they are damaged or of another model. Save or download it again; num_labels gives a model a new head."
+        )
+    return model
+
+
+def _may_start_anew(model: PreTrainedModel, key: str) -> bool:
+    """Tell whether a tensor that a backbone's files lack is part of a new head, or a norm that starts as identity."""
+    tensor = model.state_dict()[key]
+    return tensor.dim() < 2 or len(tensor) == model.config.num_labels or key.split(".")[0] != model.base_model_prefix
+
+
+def _why_not_loaded(
+    source: str, shown: str, config: PreTrainedConfig | None, offline: bool, error: Exception
+) -> InputError:
+    """Return the error to raise: what is there and damaged, or that there are no weights."""
+    reason = f"{first_line(error).rstrip('.')}."
+    if config is not None and _has_weights(source, offline):
+        return InputError(
+            f"The model {shown} can't be loaded: {reason} If its files are damaged or incomplete, save or download "
+            "them again."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        return InputError(
+            f"The weights of the quantized model {shown} are missing: {reason} Save or download it again."
+        )
+    if not os.path.isdir(source):
+        return WeightsNotFoundError(
+            f"Neither the Hub nor the local cache gives trained weights for {shown}: {reason} Check the name and the "
+            "connection, or pass a folder with a trained model."
+        )
+    if config is None:
+        return InputError(f"The folder {shown} holds no model: {reason} Pass one that save_pretrained wrote.")
+    return WeightsNotFoundError(
+        f"The folder {shown} has no trained weights: {reason} Pass one that save_pretrained wrote."
+    )
+
+
+def _has_weights(source: str, offline: bool) -> bool:
+    """Tell whether a folder, or a repository on the Hub or in the cache, has files of weights, whole or not."""
+    if os.path.isdir(source):
+        return any(_WEIGHTS.search(name) for name in os.listdir(source))
+    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    try:
+        return any(
+            cached_file(
+                source,
+                name,
+                local_files_only=offline,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            for name in names
+        )
+    except OSError:  # no such repository, or none of ours to see
+        return False
 
 
 def build_model(

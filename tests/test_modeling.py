@@ -219,12 +219,23 @@ class TestLoadTeacher:
         assert message.endswith(". Check the name and the connection, or pass a folder with a trained model.")
         assert "\n" not in message and isinstance(info.value, InputError) and info.value.__cause__ is not None
 
-    @pytest.mark.parametrize("content", ["nothing", "config"])
-    def test_of_a_folder_without_weights_names_the_folder(self, vit, tmp_path, content):
-        if content == "config":
-            vit.config.save_pretrained(tmp_path)
-        with pytest.raises(WeightsNotFoundError, match=re.escape(f"folder has no trained weights for '{tmp_path}': ")):
+    def test_of_a_folder_with_a_config_alone_says_that_it_has_no_weights(self, vit, tmp_path):
+        vit.config.save_pretrained(tmp_path)
+        with pytest.raises(WeightsNotFoundError, match=re.escape(f"folder '{tmp_path}' has no trained weights: ")):
             load_teacher(str(tmp_path))
+
+    def test_of_a_folder_without_a_model_is_no_question_of_weights(self, tmp_path):
+        with pytest.raises(InputError, match=re.escape(f"The folder '{tmp_path}' holds no model: ")) as info:
+            load_teacher(str(tmp_path))
+        assert not isinstance(info.value, WeightsNotFoundError)
+
+    def test_lacking_weights_are_an_error_unless_a_new_head_is_asked_for(self, vit, tmp_path):
+        vit.vit.save_pretrained(tmp_path)  # the backbone alone
+        with pytest.raises(InputError, match="lack 'classifier.bias', 'classifier.weight', 2 weights"):
+            load_teacher(str(tmp_path))
+        teacher = load_teacher(str(tmp_path), num_labels=6)
+        assert torch.equal(teacher.vit.state_dict()["layernorm.weight"], vit.vit.state_dict()["layernorm.weight"])
+        assert teacher.classifier.weight.shape[0] == 6
 
     def test_of_a_name_that_timm_does_not_know_gets_close_ones(self):
         with pytest.raises(InputError, match="^timm has no model 'test_resnt'. Did you mean 'test_resnet'") as info:

@@ -1,5 +1,7 @@
 """What commands are given to work on: a saved student, or a float model to quantize."""
 
+import logging
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -7,6 +9,9 @@ from ..convert import quantize_model, quantized_layers
 from ..errors import InputError
 from ..modeling import WeightsNotFoundError, build_model, load_teacher
 from .quantization_arguments import QuantizationArguments
+
+
+logger = logging.getLogger(__name__)
 
 
 def load_student(name: str) -> PreTrainedModel:
@@ -24,8 +29,9 @@ def student_or_plan(
     config = quantization.to_config()
     try:
         model = load_teacher(name)
-    except WeightsNotFoundError:
+    except WeightsNotFoundError as error:
         model = build_model(name, num_labels, image_size)  # what is quantized does not depend on the weights
+        logger.warning("Random weights, and %d classes unless --num_labels says. %s", num_labels, error)
     if not quantized_layers(model):
         quantize_model(model, config)
     elif given := quantization.given():
