@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import types
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -28,13 +28,15 @@ from transformers.utils import (
 
 from .errors import InputError, first_line, quote, suggest
 from .hub import hub_is_reachable
+from .processors import Preprocessing, image_processor, read_processor
+from .trace import image_channels
 
 
 logger = logging.getLogger(__name__)
 
 TIMM_PREFIX = "timm/"
-# How Pillow numbers the ways of resampling that ImageTransform knows by name.
-_RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+RECORDED = "sqakd_preprocessing"  # the field of a transformers config
+_USED = "_sqakd_preprocessing"  # the same of a model in memory: newer than what lies where it was loaded from
 # Names of files of weights, half-written ones (`model.safetensors.part`) included.
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack)\b")
 
@@ -255,86 +257,145 @@ def num_classes(model: nn.Module) -> int | None:
     return stated if isinstance(stated, int) else None
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """What a model expects of its images: side in pixels, per-channel mean and std, centre-crop ratio, resampling.
-
-    `fixed_size` tells whether it takes no other size (a ViT's position embeddings).
-    """
-
-    image_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    crop_pct: float = 1.0
-    interpolation: str = "bicubic"
-    fixed_size: bool = True
-
-
 def preprocessing(model: PreTrainedModel) -> Preprocessing:
-    """Return the preprocessing that `model` was made for: timm's metadata, or the image processor saved with it."""
-    config = model.config
-    if isinstance(config, TimmWrapperConfig):
-        cfg = config.pretrained_cfg
-        channels, size, _ = cfg["input_size"]
-        mean, std = tuple(cfg.get("mean", (0.5,) * channels)), tuple(cfg.get("std", (0.5,) * channels))
-        if len(mean) != channels:
-            mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
-        return Preprocessing(
-            size,
-            mean,
-            std,
-            cfg.get("crop_pct", 1.0),
-            cfg.get("interpolation", "bicubic"),
-            bool(cfg.get("fixed_input_size")),
+    """Return the preprocessing of a model's images.
+
+    It is timm's metadata, or else what was recorded since the model was loaded, what the image processor that is saved
+    with it does, or what its config was saved with. Where none is known a warning says what is assumed.
+    """
+    found = _known_preprocessing(model)
+    if found is None:
+        channels, stated = image_channels(model), _stated_size(model)
+        found = Preprocessing(stated or 224, (0.5,) * channels, (0.5,) * channels, fixed_size=stated is not None)
+        _warn_once_of(
+            model,
+            f"How {_name_of(model)} wants its images is not known: no image processor is saved with it. Assumed are "
+            f"{found.image_size} pixels, a mean of 0.5 and a std of 0.5. Save its processor into its folder, or pass "
+            "it to SQAKDTrainer as processing_class.",
         )
-    stated = getattr(config, "image_size", None)
-    size = stated if isinstance(stated, int) else stated[0] if stated else 224
-    channels = getattr(config, "num_channels", 3)
+    return found
+
+
+def _known_preprocessing(model: PreTrainedModel) -> Preprocessing | None:
+    if isinstance(model.config, TimmWrapperConfig):
+        return _timm_preprocessing(model)
+    fixed_size = _stated_size(model) is not None
+    if (used := vars(model).get(_USED)) is not None:
+        return replace(used, fixed_size=fixed_size)
+    if (processor := _saved_processor(model)) is not None:
+        found, others = read_processor(processor, image_channels(model), _stated_size(model))
+        if others:
+            _warn_once_of(
+                model,
+                f"The image processor of {_name_of(model)} does more than size, mean and std express: "
+                f"{'; '.join(others)}. Images are prepared without that here.",
+            )
+        return replace(found, fixed_size=fixed_size)
+    recorded = getattr(model.config, RECORDED, None)
+    if recorded is None:
+        return None
     try:
-        processor = AutoImageProcessor.from_pretrained(config._name_or_path)
+        return Preprocessing(
+            **{**recorded, "mean": tuple(recorded["mean"]), "std": tuple(recorded["std"])}, fixed_size=fixed_size
+        )
+    except (TypeError, KeyError) as error:
+        raise InputError(
+            f"{RECORDED} in the config of {_name_of(model)} is no preprocessing: {recorded!r}. Remove it."
+        ) from error
+
+
+def _timm_preprocessing(model: PreTrainedModel) -> Preprocessing | None:
+    cfg = model.config.pretrained_cfg or {}
+    if "mean" not in cfg or "input_size" not in cfg:
+        return None
+    channels, mean, std = image_channels(model), tuple(cfg["mean"]), tuple(cfg["std"])
+    if len(mean) != channels:
+        mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
+    return Preprocessing(
+        cfg["input_size"][1],
+        mean,
+        std,
+        cfg.get("crop_pct", 1.0),
+        cfg.get("interpolation", "bicubic"),
+        bool(cfg.get("fixed_input_size")),
+    )
+
+
+def _stated_size(model: PreTrainedModel) -> int | None:
+    if isinstance(model.config, TimmWrapperConfig):
+        return ((model.config.pretrained_cfg or {}).get("input_size") or (None, None))[1]
+    stated = getattr(model.config, "image_size", None)
+    return stated if isinstance(stated, int) else stated[0] if stated else None
+
+
+def _saved_processor(model: PreTrainedModel) -> ImageProcessingMixin | None:
+    """Return the image processor that is saved where `model` came from."""
+    name = model.config._name_or_path
+    if not name:
+        return None
+    offline = not os.path.isdir(name) and not hub_is_reachable()
+    try:
+        return AutoImageProcessor.from_pretrained(name, local_files_only=offline)
     except (OSError, ValueError):
-        return Preprocessing(size, (0.5,) * channels, (0.5,) * channels, fixed_size=stated is not None)
-    normalises = getattr(processor, "do_normalize", True)
-    mean = tuple(processor.image_mean) if normalises else (0.0,) * channels
-    std = tuple(processor.image_std) if normalises else (1.0,) * channels
-    resample = getattr(processor, "resample", None)
-    interpolation = "bicubic" if resample is None else _RESAMPLING.get(int(resample), "bicubic")
-    return Preprocessing(size, mean, std, interpolation=interpolation, fixed_size=stated is not None)
+        return None
+
+
+def _name_of(model: PreTrainedModel) -> str:
+    return repr(model.config._name_or_path) if model.config._name_or_path else type(model).__name__
+
+
+def _warn_once_of(model: PreTrainedModel, message: str) -> None:
+    if vars(model).get("_preprocessing_warning") != message:
+        model._preprocessing_warning = message
+        logger.warning(message)
 
 
 def record_preprocessing(model: PreTrainedModel, used: Preprocessing) -> None:
-    """Let timm's metadata in the config of `model` state the preprocessing that it was trained with, in place.
-
-    Models of transformers state theirs by the image processor that is saved with them.
-    """
+    """Let the config of `model` state the preprocessing that it was trained with, in place: it is saved with it."""
     if isinstance(model.config, TimmWrapperConfig):
-        model.config.pretrained_cfg |= {
-            "input_size": (len(used.mean), used.image_size, used.image_size),
-            "mean": list(used.mean),
-            "std": list(used.std),
-            "crop_pct": used.crop_pct,
-            "interpolation": used.interpolation,
-        }
+        numbers = _numbers(used)
+        size = numbers.pop("image_size")
+        cfg = {**(model.config.pretrained_cfg or {}), "input_size": (len(used.mean), size, size), **numbers}
+        model.config.pretrained_cfg = cfg
+    else:
+        setattr(model.config, RECORDED, _numbers(used))
+        setattr(model, _USED, used)
 
 
-def image_processor(expected: Preprocessing) -> ImageProcessingMixin:
-    """Return an image processor that prepares images as `expected`: resize the shorter side, crop the centre."""
-    from transformers import BitImageProcessor
+def _numbers(used: Preprocessing) -> dict[str, Any]:
+    """Return what JSON holds of a preprocessing; whether the size is fixed is the model's own."""
+    numbers = {name: value for name, value in asdict(used).items() if name != "fixed_size"}
+    return numbers | {"mean": list(used.mean), "std": list(used.std)}
 
-    resample = next(number for number, name in _RESAMPLING.items() if name == expected.interpolation)
-    return BitImageProcessor(
-        size={"shortest_edge": round(expected.image_size / expected.crop_pct)},
-        crop_size={"height": expected.image_size, "width": expected.image_size},
-        resample=resample,
-        image_mean=list(expected.mean),
-        image_std=list(expected.std),
-    )
+
+def record_processor(model: nn.Module, processor: Any) -> None:
+    """Record what an image processor does, in place, unless that is what the model states already."""
+    if not isinstance(model, PreTrainedModel) or not isinstance(processor, ImageProcessingMixin):
+        return
+    stated = processor.to_dict()
+    if "image_mean" not in stated and "size" not in stated:
+        return  # timm's, of the model's own metadata
+    used, others = read_processor(processor, image_channels(model))
+    if others:
+        _warn_once_of(
+            model,
+            f"{type(processor).__name__} does more than size, mean and std express: {'; '.join(others)}. Only those "
+            "are recorded with the model.",
+        )
+    known = _known_preprocessing(model)
+    if known is None or image_processor(known).to_dict() != image_processor(used).to_dict():
+        record_preprocessing(model, used)
+
+
+def keep_preprocessing(model: PreTrainedModel) -> None:
+    """Let the config state what is known, in place: a model is about to be saved without its image processor."""
+    if not isinstance(model.config, TimmWrapperConfig) and (known := _known_preprocessing(model)) is not None:
+        setattr(model.config, RECORDED, _numbers(known))
 
 
 def processor_of(model: PreTrainedModel) -> ImageProcessingMixin | None:
     """Return the image processor saved where `model` came from; else, for a classifier, one like its preprocessing."""
-    try:
-        return AutoImageProcessor.from_pretrained(model.config._name_or_path, local_files_only=not hub_is_reachable())
-    except (OSError, ValueError):
-        is_classifier = type(model).__name__.endswith("ForImageClassification")
-        return image_processor(preprocessing(model)) if is_classifier else None
+    if vars(model).get(_USED) is None and (processor := _saved_processor(model)) is not None:
+        return processor
+    is_classifier = type(model).__name__.endswith("ForImageClassification")
+    return image_processor(preprocessing(model)) if is_classifier else None
