@@ -42,6 +42,7 @@ from ..modeling import (
 )
 from ..objective import parse_objective, reads_labels
 from ..plan import plan_quantization
+from ..record import to_json
 from ..report import results_table
 from ..trainer import SQAKDTrainer
 from ..training_args import SQAKDTrainingArguments
@@ -242,7 +243,7 @@ def distil(script: ScriptArguments, quantization: QuantizationArguments, args: D
 
     if trainer.is_world_process_zero():
         results["arguments"] = {**asdict(script), **config.to_dict(), "training": json.loads(args.to_json_string())}
-        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        (output / "results.json").write_text(to_json(results) + "\n")
     if args.push_to_hub:
         trainer.push_to_hub(dataset=script.dataset)
     else:
@@ -394,7 +395,8 @@ def check_output_folder(script: ScriptArguments, args: DistillationArguments) ->
 
 def set_up_logging(args: DistillationArguments) -> None:
     ours = logging.getLogger("sqakd_hf")
-    ours.addHandler(logging.StreamHandler())
+    if not any(type(handler) is logging.StreamHandler for handler in ours.handlers):  # of a call before
+        ours.addHandler(logging.StreamHandler())
     ours.setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
     if args.process_index != 0:
         transformers.utils.logging.set_verbosity_error()

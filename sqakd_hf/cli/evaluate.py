@@ -8,7 +8,6 @@ Accuracy needs labels, the agreement and the divergence need --teacher and no la
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -22,6 +21,7 @@ from ..losses import check_same_classes
 from ..metrics import TeacherAgreement, TeacherDivergence, TopKAccuracy
 from ..modeling import Preprocessing, load_teacher, num_classes, preprocessing
 from ..outputs import predict
+from ..record import to_json
 from ..transforms import ImageTransform
 from .students import load_student
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     if references:
         for metric in (TeacherAgreement(), TeacherDivergence()):
             results |= metric.compute(predictions=predictions, references=np.concatenate(references))
-    print(json.dumps(results, indent=2) if options.json else "\n".join(f"{k}: {v:.6g}" for k, v in results.items()))
+    print(to_json(results) if options.json else "\n".join(f"{k}: {v:.6g}" for k, v in results.items()))
 
 
 def _student(name: str) -> tuple[Predictor, Preprocessing, int]:

@@ -1,6 +1,7 @@
 """What commands are given to work on: a saved student, or a float model to quantize."""
 
 import logging
+from collections.abc import Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,9 +24,12 @@ def load_student(name: str) -> PreTrainedModel:
 
 
 def student_or_plan(
-    name: str, quantization: QuantizationArguments, image_size: int | None, num_labels: int
+    name: str, quantization: QuantizationArguments, given: Sequence[str], image_size: int | None, num_labels: int
 ) -> nn.Module:
-    """Return the saved student of this name, or what the arguments make of the float model, without ranges."""
+    """Return the saved student of this name, or what the arguments make of the float model, without ranges.
+
+    A student has its own quantization: with it none of the arguments may be `given`.
+    """
     config = quantization.to_config()
     try:
         model = load_teacher(name)
@@ -34,6 +38,6 @@ def student_or_plan(
         logger.warning("Random weights, and %d classes unless --num_labels says. %s", num_labels, error)
     if not quantized_layers(model):
         quantize_model(model, config)
-    elif given := quantization.given():
+    elif given:
         raise InputError(f"{name!r} is a student, whose quantization is its own. Leave out --{', --'.join(given)}.")
     return model.eval()

@@ -111,9 +111,18 @@ class TestInspect:
 
 
 class TestBenchmark:
-    def test_a_student_keeps_its_quantization(self, distilled):
-        with pytest.raises(SystemExit, match="is a student, whose quantization is its own. Leave out --weight_bits."):
-            main(["benchmark", str(distilled), "--weight_bits", "4"])
+    @pytest.mark.parametrize(
+        ("given", "named"),
+        [
+            ("--weight_bits 4", "--weight_bits"),
+            ("--weight_bits 2", "--weight_bits"),  # the default: given all the same
+            ("--quantizer=lsq --no_per_channel", "--quantizer, --per_channel"),
+        ],
+    )
+    @pytest.mark.parametrize("command", ["inspect", "benchmark"])
+    def test_a_student_keeps_its_quantization(self, whole, command, given, named):
+        with pytest.raises(SystemExit, match=f"is a student, whose quantization is its own. Leave out {named}.$"):
+            main([command, str(whole / "student"), *given.split()])
 
     def test_a_student(self, distilled, capsys):
         facts = json.loads(printed(capsys, "benchmark", distilled, "--rounds", 2, "--json"))
@@ -148,6 +157,16 @@ class TestMain:
             ("inspect timm/test_resnet --image_size -3", "image_size must be a positive integer, got -3"),
             ("benchmark timm/test_resnet --rounds 1", "rounds must be an integer of at least 2, got 1"),
             ("inspect timm/test_resnet --container zip", "container must be one of"),
+            ("inspect", "sqakd inspect needs a model"),
+            ("inspect --weight_bits 4", "sqakd inspect needs a model"),
+            ("benchmark --json", "sqakd benchmark needs a model"),
+            (
+                "inspect timm/test_resnet --weigth_bits 4",
+                "sqakd inspect has no argument '--weigth_bits'; .* Did you mean '--weight_bits'",
+            ),
+            ("benchmark timm/test_resnet --round=3", "has no argument '--round=3'; .* Did you mean '--rounds'"),
+            ("inspect timm/test_resnet --weight 4", "has no argument '--weight'"),
+            ("benchmark timm/test_resnet more", "sqakd benchmark has no argument 'more'"),
         ],
     )
     def test_what_the_user_can_mend_is_one_sentence(self, arguments, message):
