@@ -108,9 +108,22 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = import_module(f".{_LAZY[name]}", __name__)
+    except InputError as error:
+        return _stand_in(name, error)
+    return getattr(module, name)
+
+
+def _stand_in(name: str, error: InputError) -> type:
+    """Return what stands for a name whose packages are not installed: who calls it is told which to install."""
+
+    def refuse(cls: type, *args: Any, **kwargs: Any) -> None:
+        raise InputError(str(error)) from error
+
+    return type(name, (), {"__new__": refuse, "__doc__": str(error), "__module__": __name__})
 
 
 def __dir__() -> list[str]:

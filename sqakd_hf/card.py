@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import huggingface_hub
+import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
@@ -15,6 +16,21 @@ from .report import image_count, kept_calibrated, titled_rows
 
 
 TAGS = ("sqakd", "sqakd_hf", "quantization", "quantization-aware-training", "knowledge-distillation")
+_TASKS = {
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForSemanticSegmentation": "image-segmentation",
+    "AutoModelForUniversalSegmentation": "image-segmentation",
+    "AutoModelForInstanceSegmentation": "image-segmentation",
+    "AutoModelForObjectDetection": "object-detection",
+    "AutoModelForZeroShotObjectDetection": "zero-shot-object-detection",
+    "AutoModelForZeroShotImageClassification": "zero-shot-image-classification",
+    "AutoModelForDepthEstimation": "depth-estimation",
+    "AutoModelForKeypointDetection": "keypoint-detection",
+    "AutoModelForImageToImage": "image-to-image",
+    "AutoModelForMaskGeneration": "mask-generation",
+    "AutoModelForVideoClassification": "video-classification",
+    "AutoModelForMaskedImageModeling": "image-feature-extraction",
+}
 _METRICS = (
     ("accuracy", "accuracy", "{:.2%}"),
     ("agreement", "agreement with the teacher", "{:.2%}"),
@@ -196,10 +212,11 @@ def _eval_results(results, task: str, datasets: Sequence[str], dataset_name: str
 
 
 def _task(model: PreTrainedModel) -> tuple[str, str]:
-    if type(model).__name__.endswith("ForSemanticSegmentation"):
-        return "AutoModelForSemanticSegmentation", "image-segmentation"
-    if type(model).__name__.endswith("ForImageClassification"):
-        return "AutoModelForImageClassification", "image-classification"
+    """Return the Auto class whose mapping gives this model's class for its config, and the Hub's name of the task."""
+    for auto_class, task in _TASKS.items():
+        found = getattr(transformers, auto_class)._model_mapping.get(type(model.config), ())
+        if type(model) in (found if isinstance(found, tuple) else (found,)):
+            return auto_class, task
     return "AutoModel", "image-feature-extraction"
 
 

@@ -220,6 +220,9 @@ class SQAKDHfQuantizer(HfQuantizer):
             raise InputError(
                 "The student has no ranges yet. Call calibrate_model or trainer.train() before you save it."
             )
+        from .modeling import keep_preprocessing  # with all that image processors need
+
+        keep_preprocessing(model)
         layers = quantized_layers(model)
         state_dict = dict(model.state_dict() if self._gathered is None else self._gathered)
         dropped = _never_stored(model)

@@ -2,8 +2,9 @@
 
 import logging
 import os
+import re
 import types
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -17,20 +18,34 @@ from transformers import (
 )
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
 
-from .errors import InputError, first_line, suggest
+from .errors import InputError, first_line, quote, suggest
 from .hub import hub_is_reachable
+from .processors import Preprocessing, image_processor, read_processor
+from .trace import image_channels
 
 
 logger = logging.getLogger(__name__)
 
 TIMM_PREFIX = "timm/"
-# How Pillow numbers the ways of resampling that ImageTransform knows by name.
-_RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+RECORDED = "sqakd_preprocessing"  # the field of a transformers config
+_USED = "_sqakd_preprocessing"  # the same of a model in memory: newer than what lies where it was loaded from
+# Names of files of weights, half-written ones (`model.safetensors.part`) included.
+_WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack)\b")
 
 
 class WeightsNotFoundError(InputError):
-    """The name is a known architecture, but neither the Hub nor the local cache gives its weights."""
+    """The name is a known architecture without weights: the Hub and the local cache, or the folder, have none.
+
+    Never said of weights that are there and damaged, nor of a student, which is its weights.
+    """
 
 
 def load_teacher(name: str, num_labels: int | None = None, **kwargs: Any) -> PreTrainedModel:
@@ -44,33 +59,91 @@ def load_teacher(name: str, num_labels: int | None = None, **kwargs: Any) -> Pre
         **kwargs: Passed to `from_pretrained`.
 
     Raises:
-        `WeightsNotFoundError`: Neither the Hub nor the cache has the weights.
-        `InputError`: A name that does not exist, with close names.
+        `WeightsNotFoundError`: Neither the Hub nor the cache has the weights, or the folder is a `config.json` alone.
+        `InputError`: A name that does not exist, with close names; files that are damaged or lack weights.
     """
     source = resolve_name(name)
+    offline = not os.path.isdir(source) and not hub_is_reachable()
+    config = None
     try:
-        offline = not os.path.isdir(source) and not hub_is_reachable()
         config = AutoConfig.from_pretrained(source, local_files_only=offline)
         if isinstance(config, TimmWrapperConfig):
             _timm()  # it may be one of the paper's networks
             # A timm repository may state it, the wrapper states it too.
             config.model_args = {k: v for k, v in (config.model_args or {}).items() if k != "num_classes"}
-        if num_labels is not None and num_labels != config.num_labels:
+        new_head = num_labels is not None and num_labels != config.num_labels
+        if new_head:
             _set_num_labels(config, num_labels)
             kwargs["ignore_mismatched_sizes"] = True
         # A teacher is in full precision, whatever its file is in.
         kwargs.setdefault("dtype", torch.float32)
-        return AutoModelForImageClassification.from_pretrained(
-            source, config=config, local_files_only=offline, **kwargs
+        model, found = AutoModelForImageClassification.from_pretrained(
+            source, config=config, local_files_only=offline, output_loading_info=True, **kwargs
         )
-    except (OSError, ValueError) as error:
-        where = "The folder" if os.path.isdir(source) else "Neither the Hub nor the local cache"
-        verb = "has no" if os.path.isdir(source) else "gives"
-        raise WeightsNotFoundError(
-            f"{where} {verb} trained weights for {name!r}"
-            + (f" ({source})" if source != name else "")
-            + f": {first_line(error)} Check the name and the connection, or pass a folder with a trained model."
-        ) from error
+    except InputError:
+        raise
+    except Exception as error:  # whatever a damaged file makes its reader raise
+        shown = repr(name) + (f" ({source})" if source != name else "")
+        raise _why_not_loaded(source, shown, config, offline, error) from error
+    missing = sorted(key for key in found["missing_keys"] if not (new_head and _may_start_anew(model, key)))
+    if missing:
+        raise InputError(
+            f"The files of {name!r} lack {quote(missing[:3])}, {len(missing)} weights of {type(model).__name__}: "
+            "they are damaged or of another model. Save or download it again; num_labels gives a model a new head."
+        )
+    return model
+
+
+def _may_start_anew(model: PreTrainedModel, key: str) -> bool:
+    """Tell whether a tensor that a backbone's files lack is part of a new head, or a norm that starts as identity."""
+    tensor = model.state_dict()[key]
+    return tensor.dim() < 2 or len(tensor) == model.config.num_labels or key.split(".")[0] != model.base_model_prefix
+
+
+def _why_not_loaded(
+    source: str, shown: str, config: PreTrainedConfig | None, offline: bool, error: Exception
+) -> InputError:
+    """Return the error to raise: what is there and damaged, or that there are no weights."""
+    reason = f"{first_line(error).rstrip('.')}."
+    if config is not None and _has_weights(source, offline):
+        return InputError(
+            f"The model {shown} can't be loaded: {reason} If its files are damaged or incomplete, save or download "
+            "them again."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        return InputError(
+            f"The weights of the quantized model {shown} are missing: {reason} Save or download it again."
+        )
+    if not os.path.isdir(source):
+        return WeightsNotFoundError(
+            f"Neither the Hub nor the local cache gives trained weights for {shown}: {reason} Check the name and the "
+            "connection, or pass a folder with a trained model."
+        )
+    if config is None:
+        return InputError(f"The folder {shown} holds no model: {reason} Pass one that save_pretrained wrote.")
+    return WeightsNotFoundError(
+        f"The folder {shown} has no trained weights: {reason} Pass one that save_pretrained wrote."
+    )
+
+
+def _has_weights(source: str, offline: bool) -> bool:
+    """Tell whether a folder, or a repository on the Hub or in the cache, has files of weights, whole or not."""
+    if os.path.isdir(source):
+        return any(_WEIGHTS.search(name) for name in os.listdir(source))
+    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    try:
+        return any(
+            cached_file(
+                source,
+                name,
+                local_files_only=offline,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            for name in names
+        )
+    except OSError:  # no such repository, or none of ours to see
+        return False
 
 
 def build_model(
@@ -184,86 +257,145 @@ def num_classes(model: nn.Module) -> int | None:
     return stated if isinstance(stated, int) else None
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """What a model expects of its images: side in pixels, per-channel mean and std, centre-crop ratio, resampling.
-
-    `fixed_size` tells whether it takes no other size (a ViT's position embeddings).
-    """
-
-    image_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    crop_pct: float = 1.0
-    interpolation: str = "bicubic"
-    fixed_size: bool = True
-
-
 def preprocessing(model: PreTrainedModel) -> Preprocessing:
-    """Return the preprocessing that `model` was made for: timm's metadata, or the image processor saved with it."""
-    config = model.config
-    if isinstance(config, TimmWrapperConfig):
-        cfg = config.pretrained_cfg
-        channels, size, _ = cfg["input_size"]
-        mean, std = tuple(cfg.get("mean", (0.5,) * channels)), tuple(cfg.get("std", (0.5,) * channels))
-        if len(mean) != channels:
-            mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
-        return Preprocessing(
-            size,
-            mean,
-            std,
-            cfg.get("crop_pct", 1.0),
-            cfg.get("interpolation", "bicubic"),
-            bool(cfg.get("fixed_input_size")),
+    """Return the preprocessing of a model's images.
+
+    It is timm's metadata, or else what was recorded since the model was loaded, what the image processor that is saved
+    with it does, or what its config was saved with. Where none is known a warning says what is assumed.
+    """
+    found = _known_preprocessing(model)
+    if found is None:
+        channels, stated = image_channels(model), _stated_size(model)
+        found = Preprocessing(stated or 224, (0.5,) * channels, (0.5,) * channels, fixed_size=stated is not None)
+        _warn_once_of(
+            model,
+            f"How {_name_of(model)} wants its images is not known: no image processor is saved with it. Assumed are "
+            f"{found.image_size} pixels, a mean of 0.5 and a std of 0.5. Save its processor into its folder, or pass "
+            "it to SQAKDTrainer as processing_class.",
         )
-    stated = getattr(config, "image_size", None)
-    size = stated if isinstance(stated, int) else stated[0] if stated else 224
-    channels = getattr(config, "num_channels", 3)
+    return found
+
+
+def _known_preprocessing(model: PreTrainedModel) -> Preprocessing | None:
+    if isinstance(model.config, TimmWrapperConfig):
+        return _timm_preprocessing(model)
+    fixed_size = _stated_size(model) is not None
+    if (used := vars(model).get(_USED)) is not None:
+        return replace(used, fixed_size=fixed_size)
+    if (processor := _saved_processor(model)) is not None:
+        found, others = read_processor(processor, image_channels(model), _stated_size(model))
+        if others:
+            _warn_once_of(
+                model,
+                f"The image processor of {_name_of(model)} does more than size, mean and std express: "
+                f"{'; '.join(others)}. Images are prepared without that here.",
+            )
+        return replace(found, fixed_size=fixed_size)
+    recorded = getattr(model.config, RECORDED, None)
+    if recorded is None:
+        return None
     try:
-        processor = AutoImageProcessor.from_pretrained(config._name_or_path)
+        return Preprocessing(
+            **{**recorded, "mean": tuple(recorded["mean"]), "std": tuple(recorded["std"])}, fixed_size=fixed_size
+        )
+    except (TypeError, KeyError) as error:
+        raise InputError(
+            f"{RECORDED} in the config of {_name_of(model)} is no preprocessing: {recorded!r}. Remove it."
+        ) from error
+
+
+def _timm_preprocessing(model: PreTrainedModel) -> Preprocessing | None:
+    cfg = model.config.pretrained_cfg or {}
+    if "mean" not in cfg or "input_size" not in cfg:
+        return None
+    channels, mean, std = image_channels(model), tuple(cfg["mean"]), tuple(cfg["std"])
+    if len(mean) != channels:
+        mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
+    return Preprocessing(
+        cfg["input_size"][1],
+        mean,
+        std,
+        cfg.get("crop_pct", 1.0),
+        cfg.get("interpolation", "bicubic"),
+        bool(cfg.get("fixed_input_size")),
+    )
+
+
+def _stated_size(model: PreTrainedModel) -> int | None:
+    if isinstance(model.config, TimmWrapperConfig):
+        return ((model.config.pretrained_cfg or {}).get("input_size") or (None, None))[1]
+    stated = getattr(model.config, "image_size", None)
+    return stated if isinstance(stated, int) else stated[0] if stated else None
+
+
+def _saved_processor(model: PreTrainedModel) -> ImageProcessingMixin | None:
+    """Return the image processor that is saved where `model` came from."""
+    name = model.config._name_or_path
+    if not name:
+        return None
+    offline = not os.path.isdir(name) and not hub_is_reachable()
+    try:
+        return AutoImageProcessor.from_pretrained(name, local_files_only=offline)
     except (OSError, ValueError):
-        return Preprocessing(size, (0.5,) * channels, (0.5,) * channels, fixed_size=stated is not None)
-    normalises = getattr(processor, "do_normalize", True)
-    mean = tuple(processor.image_mean) if normalises else (0.0,) * channels
-    std = tuple(processor.image_std) if normalises else (1.0,) * channels
-    resample = getattr(processor, "resample", None)
-    interpolation = "bicubic" if resample is None else _RESAMPLING.get(int(resample), "bicubic")
-    return Preprocessing(size, mean, std, interpolation=interpolation, fixed_size=stated is not None)
+        return None
+
+
+def _name_of(model: PreTrainedModel) -> str:
+    return repr(model.config._name_or_path) if model.config._name_or_path else type(model).__name__
+
+
+def _warn_once_of(model: PreTrainedModel, message: str) -> None:
+    if vars(model).get("_preprocessing_warning") != message:
+        model._preprocessing_warning = message
+        logger.warning(message)
 
 
 def record_preprocessing(model: PreTrainedModel, used: Preprocessing) -> None:
-    """Let timm's metadata in the config of `model` state the preprocessing that it was trained with, in place.
-
-    Models of transformers state theirs by the image processor that is saved with them.
-    """
+    """Let the config of `model` state the preprocessing that it was trained with, in place: it is saved with it."""
     if isinstance(model.config, TimmWrapperConfig):
-        model.config.pretrained_cfg |= {
-            "input_size": (len(used.mean), used.image_size, used.image_size),
-            "mean": list(used.mean),
-            "std": list(used.std),
-            "crop_pct": used.crop_pct,
-            "interpolation": used.interpolation,
-        }
+        numbers = _numbers(used)
+        size = numbers.pop("image_size")
+        cfg = {**(model.config.pretrained_cfg or {}), "input_size": (len(used.mean), size, size), **numbers}
+        model.config.pretrained_cfg = cfg
+    else:
+        setattr(model.config, RECORDED, _numbers(used))
+        setattr(model, _USED, used)
 
 
-def image_processor(expected: Preprocessing) -> ImageProcessingMixin:
-    """Return an image processor that prepares images as `expected`: resize the shorter side, crop the centre."""
-    from transformers import BitImageProcessor
+def _numbers(used: Preprocessing) -> dict[str, Any]:
+    """Return what JSON holds of a preprocessing; whether the size is fixed is the model's own."""
+    numbers = {name: value for name, value in asdict(used).items() if name != "fixed_size"}
+    return numbers | {"mean": list(used.mean), "std": list(used.std)}
 
-    resample = next(number for number, name in _RESAMPLING.items() if name == expected.interpolation)
-    return BitImageProcessor(
-        size={"shortest_edge": round(expected.image_size / expected.crop_pct)},
-        crop_size={"height": expected.image_size, "width": expected.image_size},
-        resample=resample,
-        image_mean=list(expected.mean),
-        image_std=list(expected.std),
-    )
+
+def record_processor(model: nn.Module, processor: Any) -> None:
+    """Record what an image processor does, in place, unless that is what the model states already."""
+    if not isinstance(model, PreTrainedModel) or not isinstance(processor, ImageProcessingMixin):
+        return
+    stated = processor.to_dict()
+    if "image_mean" not in stated and "size" not in stated:
+        return  # timm's, of the model's own metadata
+    used, others = read_processor(processor, image_channels(model))
+    if others:
+        _warn_once_of(
+            model,
+            f"{type(processor).__name__} does more than size, mean and std express: {'; '.join(others)}. Only those "
+            "are recorded with the model.",
+        )
+    known = _known_preprocessing(model)
+    if known is None or image_processor(known).to_dict() != image_processor(used).to_dict():
+        record_preprocessing(model, used)
+
+
+def keep_preprocessing(model: PreTrainedModel) -> None:
+    """Let the config state what is known, in place: a model is about to be saved without its image processor."""
+    if not isinstance(model.config, TimmWrapperConfig) and (known := _known_preprocessing(model)) is not None:
+        setattr(model.config, RECORDED, _numbers(known))
 
 
 def processor_of(model: PreTrainedModel) -> ImageProcessingMixin | None:
     """Return the image processor saved where `model` came from; else, for a classifier, one like its preprocessing."""
-    try:
-        return AutoImageProcessor.from_pretrained(model.config._name_or_path, local_files_only=not hub_is_reachable())
-    except (OSError, ValueError):
-        is_classifier = type(model).__name__.endswith("ForImageClassification")
-        return image_processor(preprocessing(model)) if is_classifier else None
+    if vars(model).get(_USED) is None and (processor := _saved_processor(model)) is not None:
+        return processor
+    is_classifier = type(model).__name__.endswith("ForImageClassification")
+    return image_processor(preprocessing(model)) if is_classifier else None

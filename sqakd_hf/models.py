@@ -2,19 +2,23 @@
 
 CIFAR forms: `resnet20_cifar`, `resnet32_cifar`, `vgg8_cifar`, `vgg13_cifar`. ImageNet forms from torchvision, with its
 state-dict keys: `vgg11`, `resnet18` (timm's own are the same networks and keep their names), `mobilenet_v2`,
-`shufflenet_v2_x0_5`, `squeezenet1_0`.
+`shufflenet_v2_x0_5`, `squeezenet1_0`. Stored students state these names; one that is taken is left as it is.
 """
 
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torchvision
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
 from torch import nn
 from torch.nn import functional as F
 
 from .errors import InputError
 
+
+logger = logging.getLogger(__name__)
 
 _CIFAR = {
     "input_size": (3, 32, 32),
@@ -137,43 +141,51 @@ def _torchvision(name: str, num_classes: int = 1000, in_chans: int = 3, **kwargs
     return model
 
 
-@register_model
+def _register(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Register a network, unless its name is taken: somebody's own, or one that timm has by now."""
+    if is_model(build.__name__):
+        logger.warning("timm's registry has another %r: models of that name are not sqakd_hf's.", build.__name__)
+        return build
+    return register_model(build)
+
+
+@_register
 def resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-20 for CIFAR, 0.27 M parameters."""
     return build_model_with_cfg(CifarResNet, "resnet20_cifar", pretrained, blocks=3, **kwargs)
 
 
-@register_model
+@_register
 def resnet32_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-32 for CIFAR, 0.46 M parameters."""
     return build_model_with_cfg(CifarResNet, "resnet32_cifar", pretrained, blocks=5, **kwargs)
 
 
-@register_model
+@_register
 def vgg8_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """VGG-8 for CIFAR, 3.9 M parameters."""
     return build_model_with_cfg(CifarVGG, "vgg8_cifar", pretrained, convs=1, **kwargs)
 
 
-@register_model
+@_register
 def vgg13_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """VGG-13 for CIFAR, 9.4 M parameters."""
     return build_model_with_cfg(CifarVGG, "vgg13_cifar", pretrained, convs=2, **kwargs)
 
 
-@register_model
+@_register
 def mobilenet_v2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """torchvision's MobileNetV2, 3.5 M parameters."""
     return build_model_with_cfg(_torchvision, "mobilenet_v2", pretrained, name="mobilenet_v2", **kwargs)
 
 
-@register_model
+@_register
 def shufflenet_v2_x0_5(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """torchvision's ShuffleNetV2 x0.5, 1.4 M parameters."""
     return build_model_with_cfg(_torchvision, "shufflenet_v2_x0_5", pretrained, name="shufflenet_v2_x0_5", **kwargs)
 
 
-@register_model
+@_register
 def squeezenet1_0(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """torchvision's SqueezeNet 1.0, 1.2 M parameters."""
     return build_model_with_cfg(_torchvision, "squeezenet1_0", pretrained, name="squeezenet1_0", **kwargs)

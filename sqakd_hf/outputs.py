@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .errors import InputError
+from .errors import InputError, quote
 from .losses import class_dim
 
 
@@ -55,6 +55,11 @@ class Prediction:
 
 def run_model(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Any:
     """Run `model`, timm's or transformers' kind, on a batch's `pixel_values` (and `pixel_mask` if it takes one)."""
+    if "pixel_values" not in inputs:
+        raise InputError(
+            f"The batch has no pixel_values, only {quote(sorted(inputs)) or 'nothing'}. Let the dataset or the "
+            "data_collator give the images by that name."
+        )
     accepted = _keywords(model)
     if "pixel_values" not in accepted:
         return model(inputs["pixel_values"])

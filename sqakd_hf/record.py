@@ -1,6 +1,7 @@
 """What a training measured, kept in a JSON file beside the student: what its report is drawn from."""
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,9 +32,12 @@ class TrainingRecord:
     layer_sqnr: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write the record into the student's folder; what callbacks logged and is no number is left out."""
+        """Write the record into the student's folder; what callbacks logged and is no number is left out.
+
+        NaN and infinities are `null`, and `None` in a record that is loaded.
+        """
         logs = [{key: float(value) for key, value in log.items() if _is_number(value)} for log in self.log_history]
-        text = json.dumps({"results": self.results, "log_history": logs, "layer_sqnr": self.layer_sqnr}, indent=1)
+        text = to_json({"results": self.results, "log_history": logs, "layer_sqnr": self.layer_sqnr}, indent=1)
         with open(os.path.join(folder, RECORD_FILE), "w", encoding="utf-8") as file:
             file.write(text)
 
@@ -60,6 +64,19 @@ class TrainingRecord:
             )
         except (ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{path!r} is no record of a training: {error}. Remove it to go on without.") from error
+
+
+def to_json(value: Any, indent: int = 2) -> str:
+    """Return JSON-ready data as JSON: numbers that are not finite are `null`, since JSON has no NaN."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_number(value: Any) -> bool:

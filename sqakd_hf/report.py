@@ -72,7 +72,9 @@ def plot_learning_curve(
     for axes, name, label in zip(panels, ("loss", "agreement"), titles, strict=True):
         for prefix, legend, style in (("", "training images", "-"), ("eval_", "held-out images", "o-")):
             points = [
-                (log["epoch"], log[prefix + name]) for log in log_history if {"epoch", prefix + name} <= log.keys()
+                (log["epoch"], log[prefix + name])
+                for log in log_history
+                if log.get("epoch") is not None and log.get(prefix + name) is not None
             ]
             if points:
                 axes.plot(*zip(*points, strict=True), style, label=legend, markersize=4)

@@ -1,9 +1,10 @@
 """One forward pass, watched: which layers run, in which order, on whose behalf, and how much they compute."""
 
+import itertools
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,19 +111,50 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def image_channels(model: nn.Module) -> int:
+    """Return how many channels the images of `model` have: what its first convolution takes.
+
+    Where its metadata says otherwise, one forward pass decides: metadata are those of the weights (`in_chans`), and a
+    stem may fold pixels into channels before its convolution.
+    """
+    candidates = _channel_counts(model)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if len(candidates) > 1 and device.type != "meta":
+        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for example in example_images(model, device):
+                with suppress(Exception):  # whatever a model raises on images it is not made for
+                    run_model(model, {"pixel_values": example.to(like.device, like.dtype)})
+                    return example.shape[1]
+    return candidates[0]
+
+
+def _channel_counts(model: nn.Module) -> list[int]:
+    """Return how many channels images may have, the likeliest first."""
+    stated, stems = [], []
+    for module in model.modules():
+        timm_config, config = getattr(module, "pretrained_cfg", None), getattr(module, "config", None)
+        if isinstance(timm_config, Mapping):
+            names = timm_config.get("first_conv") or ()
+            modules = dict(module.named_modules())
+            stems += [modules.get(name) for name in ([names] if isinstance(names, str) else names)]
+            stated += [size[0] for size in [timm_config.get("input_size")] if size]
+        stated += [count for count in [getattr(config, "num_channels", None)] if isinstance(count, int)]
+    stems += [module for module in model.modules() if isinstance(module, nn.Conv2d)][:1]
+    first = next((stem.in_channels for stem in stems if isinstance(getattr(stem, "in_channels", None), int)), None)
+    return list(dict.fromkeys([*([] if first is None else [first]), *stated])) or [3]
+
+
 def example_images(model: nn.Module, device: torch.device) -> Iterator[torch.Tensor]:
     """Yield batches of one noise image: of the size the model states, or of common sizes."""
-    first = next((weight_of(m) for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    channels, sizes = 3 if first is None else first.shape[1], [(224, 224), (32, 32), (28, 28), (384, 384)]
+    sizes = [(224, 224), (32, 32), (28, 28), (384, 384)]
     for module in model.modules():
         timm_config, config = getattr(module, "pretrained_cfg", None), getattr(module, "config", None)
         if isinstance(timm_config, Mapping) and timm_config.get("input_size"):
-            channels, *size = timm_config["input_size"]
-            sizes.insert(0, tuple(size))
+            sizes.insert(0, tuple(timm_config["input_size"][1:]))
             break
         if isinstance(stated := getattr(config, "image_size", None), int | list | tuple):
             sizes.insert(0, (stated, stated) if isinstance(stated, int) else tuple(stated))
-            channels = getattr(config, "num_channels", channels)
             break
     for module in model.modules():
         # timm's patch embedding knows the size that the model was built for, its metadata that of its weights.
@@ -130,7 +162,7 @@ def example_images(model: nn.Module, device: torch.device) -> Iterator[torch.Ten
         if isinstance(size, tuple) and len(size) == 2:
             sizes.insert(0, size)
             break
-    for size in dict.fromkeys(sizes):
+    for size, channels in itertools.product(dict.fromkeys(sizes), _channel_counts(model)):
         if device.type == "meta":
             yield torch.empty(1, channels, *size, device=device)
         else:

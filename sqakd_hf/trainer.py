@@ -47,7 +47,7 @@ from .last_batch import check_last_batch
 from .layer_error import layer_sqnr
 from .losses import box_loss, check_same_classes, distillation_loss, masked_mean
 from .measurements import Measurements
-from .modeling import load_teacher, num_classes, processor_of
+from .modeling import load_teacher, num_classes, processor_of, record_processor
 from .non_finite import (
     NonFiniteError,
     first_non_finite_gradient,
@@ -164,6 +164,7 @@ class SQAKDTrainer(Trainer):
         args.check_devices()
         kwargs.setdefault("data_collator", ImageCollator())
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        record_processor(model, self.processing_class)
         fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
         if fsdp is not None and fsdp.fsdp_version == 2:
             # Its own would cast ranges too; autocast, which accelerate applies as well, casts what is multiplied.

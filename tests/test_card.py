@@ -1,9 +1,17 @@
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard
+from transformers import (
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    ViTModel,
+    YolosConfig,
+    YolosForObjectDetection,
+)
 
-from sqakd_hf import QuantizationConfig, quantize_model
-from sqakd_hf.card import model_card
+from sqakd_hf import QuantizationConfig, build_model, quantize_model
+from sqakd_hf.card import _TASKS, _task, model_card
 from sqakd_hf.hub import hub_id
 from tests.conftest import tiny_vit
 
@@ -112,3 +120,44 @@ def test_it_says_what_was_minimised_and_whether_labels_were_read(student, object
     text = str(model_card(student, "me/student", training_arguments={"objective": objective}, dataset_name="clothes"))
     assert method in text and images in text
     assert (objective == "kl") == ("no labels are used" in text)
+
+
+def config_of(kind, **options):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return kind(image_size=[32, 32], patch_size=8, **sizes, **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "auto_class", "task"),
+    [
+        (lambda: tiny_vit(), "AutoModelForImageClassification", "image-classification"),
+        (
+            lambda: YolosForObjectDetection(config_of(YolosConfig, num_detection_tokens=4)),
+            "AutoModelForObjectDetection",
+            "object-detection",
+        ),
+        (
+            lambda: SegformerForSemanticSegmentation(SegformerConfig()),
+            "AutoModelForSemanticSegmentation",
+            "image-segmentation",
+        ),
+        (lambda: build_model("timm/test_resnet", 4), "AutoModelForImageClassification", "image-classification"),
+        (lambda: ViTModel(tiny_vit().config), "AutoModel", "image-feature-extraction"),
+    ],
+    ids=["classifier", "detector", "segmentation", "timm", "backbone"],
+)
+def test_it_names_the_auto_class_that_loads_the_student(model, auto_class, task):
+    with torch.device("meta"):
+        assert _task(model()) == (auto_class, task)
+
+
+def test_a_detector_says_how_to_load_it():
+    student = YolosForObjectDetection(config_of(YolosConfig, num_detection_tokens=4))
+    quantize_model(student, QuantizationConfig())
+    card = model_card(student, "me/detector")
+    assert card.data.pipeline_tag == "object-detection"
+    assert 'AutoModelForObjectDetection.from_pretrained("me/detector")' in str(card)
+
+
+def test_the_auto_classes_are_those_of_transformers():
+    assert all(hasattr(transformers, name) for name in _TASKS)

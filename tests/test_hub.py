@@ -1,47 +1,67 @@
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import huggingface_hub
 import pytest
 
+from sqakd_hf import hub
 from sqakd_hf.hub import hub_is_reachable
-
-
-class FakeSession:
-    """Stands in for the Hub's HTTP client; `error` is what a request raises, if anything."""
-
-    def __init__(self, error=None):
-        self.error = error
-        self.requests = []
-
-    def head(self, url, timeout):
-        self.requests.append((url, timeout))
-        if self.error is not None:
-            raise self.error
+from tests.hub_server import HubServer
 
 
 @pytest.fixture
-def connect(monkeypatch):
-    def install(session):
+def server(monkeypatch):
+    """A Hub on this machine that the client is pointed to, and no answers of before."""
+    with HubServer() as server:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "https://hub.example")
-        monkeypatch.setattr(huggingface_hub.utils, "get_session", lambda: session)
-        return session
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(hub, "_answers", {})
+        yield server
 
-    hub_is_reachable.cache_clear()
-    yield install
-    hub_is_reachable.cache_clear()
+
+def slow_hub():
+    """A socket that takes connections and answers none."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    return listener, f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 class TestHubIsReachable:
-    def test_it_asks_the_endpoint_once_and_briefly(self, connect):
-        session = connect(FakeSession())
+    def test_it_asks_the_endpoint_once(self, server):
         assert hub_is_reachable() and hub_is_reachable()
-        assert session.requests == [("https://hub.example", 5)]
+        assert server.requests == ["HEAD "] or server.requests == ["HEAD /"]
 
-    def test_any_error_means_no_and_is_not_tried_again(self, connect):
-        session = connect(FakeSession(ConnectionError()))
-        assert not hub_is_reachable() and not hub_is_reachable()
-        assert len(session.requests) == 1
+    def test_a_slow_answer_is_no_and_asked_for_again_after_a_while(self, server, monkeypatch):
+        listener, url = slow_hub()
+        with listener:
+            monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+            monkeypatch.setattr(hub, "TIMEOUT", 0.2)
+            assert not hub_is_reachable()
+            listener.settimeout(0.2)
+            listener.accept()[0].close()
+            assert not hub_is_reachable()
+            with pytest.raises(TimeoutError):  # the second time nobody was asked
+                listener.accept()
+            monkeypatch.setattr(hub, "ASK_AGAIN_AFTER", 0.0)
+            answers = threading.Thread(target=lambda: listener.accept()[0].sendall(b"HTTP/1.1 200 OK\r\n\r\n"))
+            monkeypatch.setattr(hub, "TIMEOUT", 5.0)
+            listener.settimeout(5)
+            answers.start()
+            assert hub_is_reachable()
+            answers.join()
+        assert hub_is_reachable()  # what answered once is not asked again
 
-    def test_offline_mode_asks_nothing(self, connect, monkeypatch):
-        session = connect(FakeSession())
+    def test_another_endpoint_is_another_question(self, server, monkeypatch):
+        assert hub_is_reachable()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+        assert not hub_is_reachable()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        assert hub_is_reachable()
+
+    def test_threads_get_the_same_answer(self, server):
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(lambda _: hub_is_reachable(), range(32)))
+
+    def test_offline_mode_asks_nothing(self, server, monkeypatch):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        assert not hub_is_reachable() and session.requests == []
+        assert not hub_is_reachable() and server.requests == []

@@ -31,7 +31,7 @@ LAYERS = [
     {"standardized", "multihead", "interception", "teacher", "accumulation", "oscillation"},
     {"timm_layers", "bit_layers", "trace"},
     {"plan"},
-    {"convert", "manifest", "report", "transforms", "sources", "features"},
+    {"convert", "manifest", "report", "processors", "transforms", "sources", "features"},
     {
         "data",
         "modeling",
@@ -62,6 +62,7 @@ MAY_IMPORT_TRANSFORMERS = {
     "interrupt",
     "last_batch",
     "modeling",
+    "processors",
     "record",
     "trainer",
     "export",
@@ -213,6 +214,41 @@ class TestImport:
         loaded = {name for name in after - before if name.startswith("sqakd_hf")}
         assert loaded == {"sqakd_hf.collator"}
         assert not {"sqakd_hf.data", "sqakd_hf.modeling", "sqakd_hf.trainer"} & after
+
+
+WITHOUT_ONNX = """
+import inspect, pydoc, sys
+from importlib.machinery import PathFinder
+
+class WithoutOnnx(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.split(".")[0] not in ("onnx", "onnx_ir", "onnxscript", "onnxruntime"):
+            return super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutOnnx
+import sqakd_hf
+from sqakd_hf import *
+from sqakd_hf import export_onnx
+assert {"export_onnx", "ExportReport", "load_teacher"} <= set(globals()) and set(sqakd_hf.__all__) <= set(globals())
+assert hasattr(sqakd_hf, "export_onnx") and not hasattr(sqakd_hf, "export_onxn")
+assert {"export_onnx", "quantize_model"} <= dict(inspect.getmembers(sqakd_hf)).keys()
+assert "pip install sqakd-hf[onnx]" in pydoc.render_doc(sqakd_hf.export_onnx)
+pydoc.render_doc(sqakd_hf)
+assert not isinstance(3, ExportReport)
+for name in ("export_onnx", "verify_export", "deploy_report", "measure_latency", "ExportCheck"):
+    try:
+        getattr(sqakd_hf, name)("student", path=3)
+    except InputError as error:
+        assert "needs the package 'onnx'" in str(error) and "pip install sqakd-hf[onnx]" in str(error)
+    else:
+        raise SystemExit(f"{name} was called")
+"""
+
+
+def test_without_the_packages_of_the_export_only_calls_of_it_fail():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_ONNX], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def names_of(nodes):

@@ -1,6 +1,7 @@
 import copy
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import timm
@@ -9,8 +10,26 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForImageClassification, ResNetConfig, ViTImageProcessor
 
-from sqakd_hf import InputError, WeightsNotFoundError, build_model, load_teacher
-from sqakd_hf.modeling import Preprocessing, num_classes, preprocessing, resolve_name
+from sqakd_hf import (
+    InputError,
+    QuantizationConfig,
+    SQAKDTrainer,
+    SQAKDTrainingArguments,
+    WeightsNotFoundError,
+    build_model,
+    calibrate_model,
+    load_teacher,
+    quantize_model,
+)
+from sqakd_hf.modeling import (
+    num_classes,
+    preprocessing,
+    processor_of,
+    record_preprocessing,
+    record_processor,
+    resolve_name,
+)
+from sqakd_hf.processors import Preprocessing, image_processor
 
 
 SIZE = 32
@@ -219,12 +238,23 @@ class TestLoadTeacher:
         assert message.endswith(". Check the name and the connection, or pass a folder with a trained model.")
         assert "\n" not in message and isinstance(info.value, InputError) and info.value.__cause__ is not None
 
-    @pytest.mark.parametrize("content", ["nothing", "config"])
-    def test_of_a_folder_without_weights_names_the_folder(self, vit, tmp_path, content):
-        if content == "config":
-            vit.config.save_pretrained(tmp_path)
-        with pytest.raises(WeightsNotFoundError, match=re.escape(f"folder has no trained weights for '{tmp_path}': ")):
+    def test_of_a_folder_with_a_config_alone_says_that_it_has_no_weights(self, vit, tmp_path):
+        vit.config.save_pretrained(tmp_path)
+        with pytest.raises(WeightsNotFoundError, match=re.escape(f"folder '{tmp_path}' has no trained weights: ")):
             load_teacher(str(tmp_path))
+
+    def test_of_a_folder_without_a_model_is_no_question_of_weights(self, tmp_path):
+        with pytest.raises(InputError, match=re.escape(f"The folder '{tmp_path}' holds no model: ")) as info:
+            load_teacher(str(tmp_path))
+        assert not isinstance(info.value, WeightsNotFoundError)
+
+    def test_lacking_weights_are_an_error_unless_a_new_head_is_asked_for(self, vit, tmp_path):
+        vit.vit.save_pretrained(tmp_path)  # the backbone alone
+        with pytest.raises(InputError, match="lack 'classifier.bias', 'classifier.weight', 2 weights"):
+            load_teacher(str(tmp_path))
+        teacher = load_teacher(str(tmp_path), num_labels=6)
+        assert torch.equal(teacher.vit.state_dict()["layernorm.weight"], vit.vit.state_dict()["layernorm.weight"])
+        assert teacher.classifier.weight.shape[0] == 6
 
     def test_of_a_name_that_timm_does_not_know_gets_close_ones(self):
         with pytest.raises(InputError, match="^timm has no model 'test_resnt'. Did you mean 'test_resnet'") as info:
@@ -405,9 +435,18 @@ class TestPreprocessing:
             64, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 0.9, "bilinear", fixed_size=False
         )
 
-    def test_of_a_native_model_without_a_processor_is_neutral(self, vit):
+    @pytest.mark.parametrize("kind", ["native", "timm"])
+    def test_that_nobody_states_is_neutral_and_said_once(self, vit, caplog, kind):
+        model = vit
+        if kind == "timm":
+            model = build("timm/test_vit", image_size=16)
+            model.config.pretrained_cfg = {"input_size": (3, 16, 16)}
         expected = Preprocessing(16, (0.5,) * 3, (0.5,) * 3, 1.0, "bicubic", fixed_size=True)
-        assert preprocessing(vit) == expected
+        assert preprocessing(model) == preprocessing(model) == preprocessing(copy.deepcopy(model)) == expected
+        (said,) = caplog.records
+        assert said.levelname == "WARNING"
+        for part in ("is not known", "16 pixels, a mean of 0.5 and a std of 0.5", "processing_class"):
+            assert part in said.getMessage()
 
     @pytest.mark.parametrize("size", [16, [16, 16], (16, 16)], ids=repr)
     def test_of_a_native_model_takes_the_side_of_its_images(self, vit, size):
@@ -419,9 +458,11 @@ class TestPreprocessing:
         found = preprocessing(AutoModelForImageClassification.from_config(config))
         assert (found.image_size, found.fixed_size) == (224, False)
 
-    def test_of_a_grey_native_model_has_one_channel(self, vit):
-        vit.config.num_channels = 1
-        assert preprocessing(vit).mean == preprocessing(vit).std == (0.5,)
+    @pytest.mark.parametrize("channels", [1, 4, 13])
+    def test_of_a_native_model_has_the_channels_of_its_images(self, vit, tmp_path, channels):
+        vit.config.save_pretrained(tmp_path)
+        model = build(str(tmp_path), model_args={"num_channels": channels})
+        assert preprocessing(model).mean == preprocessing(model).std == (0.5,) * channels
 
     def save_with_processor(self, vit, folder, **options):
         vit.save_pretrained(folder)
@@ -446,6 +487,78 @@ class TestPreprocessing:
         folder = self.save_with_processor(vit, tmp_path, do_normalize=False)
         found = preprocessing(load_teacher(folder))
         assert (found.mean, found.std) == ((0.0,) * 3, (1.0,) * 3)
+
+    def test_of_a_processor_that_says_more_is_told(self, vit, tmp_path, caplog):
+        folder = self.save_with_processor(vit, tmp_path, resample=1, rescale_factor=1 / 127.5)
+        found = preprocessing(load_teacher(folder))
+        # (2 x - mean) / std
+        assert found.mean == pytest.approx((0.05, 0.1, 0.15)) and found.std == pytest.approx((0.2, 0.25, 0.3))
+        assert "resamples by Pillow's method 1" in caplog.text and "changes the shape" in caplog.text
+
+
+def student_of(model):
+    quantize_model(model, QuantizationConfig(weight_bits=4, activation_bits=4))
+    calibrate_model(model, [images(size=16)], disable_progress=True)
+    return model.eval()
+
+
+class TestRecordedPreprocessing:
+    USED = Preprocessing(16, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 0.8, "bilinear")
+
+    def processor(self, **options):
+        return image_processor(replace(self.USED, **options))
+
+    @pytest.mark.parametrize("source", ["recorded", "trainer", "saved with the teacher"])
+    def test_is_stored_with_the_student(self, vit, tmp_path, caplog, source):
+        if source == "saved with the teacher":
+            vit.save_pretrained(tmp_path / "teacher")
+            self.processor().save_pretrained(tmp_path / "teacher")
+            vit = load_teacher(str(tmp_path / "teacher"))
+        teacher, student = copy.deepcopy(vit), student_of(vit)
+        if source == "recorded":
+            record_preprocessing(student, self.USED)
+        elif source == "trainer":
+            args = SQAKDTrainingArguments(output_dir=str(tmp_path / "run"), report_to="none", use_cpu=True)
+            SQAKDTrainer(student, teacher, args, processing_class=self.processor())
+        assert preprocessing(student) == self.USED
+        student.save_pretrained(tmp_path / "student")
+        assert not (tmp_path / "student" / "preprocessor_config.json").exists()
+        loaded = load_teacher(str(tmp_path / "student"))
+        assert preprocessing(loaded) == preprocessing(student)
+        assert processor_of(loaded).to_dict() == self.processor().to_dict()
+        loaded.save_pretrained(tmp_path / "again")
+        assert preprocessing(load_teacher(str(tmp_path / "again"))) == preprocessing(student)
+        assert "is not known" not in caplog.text
+
+    def test_of_the_training_counts_more_than_what_lies_with_the_base(self, vit, tmp_path):
+        vit.save_pretrained(tmp_path)
+        self.processor(mean=(0.9,) * 3).save_pretrained(tmp_path)
+        model = load_teacher(str(tmp_path))
+        record_processor(model, self.processor())
+        assert preprocessing(model).mean == (0.1, 0.2, 0.3)
+        assert list(processor_of(model).image_mean) == [0.1, 0.2, 0.3]
+
+    def test_a_processor_that_is_saved_with_the_student_counts_more(self, vit, tmp_path):
+        student = student_of(vit)
+        record_preprocessing(student, self.USED)
+        student.save_pretrained(tmp_path)
+        self.processor(mean=(0.9,) * 3).save_pretrained(tmp_path)
+        assert preprocessing(load_teacher(str(tmp_path))).mean == (0.9,) * 3
+
+    def test_of_a_processor_that_does_the_same_is_left_as_it_is(self):
+        model = build("timm/test_resnet")
+        used = Preprocessing(160, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 0.95, "bilinear", fixed_size=False)
+        record_preprocessing(model, used)
+        record_processor(model, image_processor(used))  # whose sides are whole: 160 / 168
+        assert preprocessing(model) == used
+        record_processor(model, image_processor(replace(used, image_size=64, crop_pct=1.0)))
+        assert preprocessing(model) == replace(used, image_size=64, crop_pct=1.0)
+
+    @pytest.mark.parametrize("stated", [3, {"mean": [0.5]}, {"image_size": 3, "mean": 2, "std": 2}], ids=repr)
+    def test_that_is_damaged_is_one_sentence(self, vit, stated):
+        vit.config.sqakd_preprocessing = stated
+        with pytest.raises(InputError, match="sqakd_preprocessing in the config of ViTForImageClassification is no"):
+            preprocessing(vit)
 
 
 class TestNumClasses:

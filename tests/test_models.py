@@ -77,3 +77,31 @@ def check_reload(folder, model, role, images, logits):
 def test_images_have_three_channels():
     with pytest.raises(sqakd_hf.InputError, match="squeezenet1_0 takes images of 3 channels, got in_chans=1"):
         timm.create_model("squeezenet1_0", in_chans=1)
+
+
+TAKEN = """
+import sys, timm, torch
+from timm.models import register_model
+
+def mobilenet_v2(pretrained=False, **kwargs):
+    return torch.nn.Identity()
+
+register_model(mobilenet_v2)
+import sqakd_hf
+import sqakd_hf.models
+assert isinstance(timm.create_model("mobilenet_v2"), torch.nn.Identity)
+assert timm.create_model("squeezenet1_0").num_classes == 1000
+"""
+
+
+def test_a_name_that_is_taken_is_left_as_it_is():
+    done = subprocess.run([sys.executable, "-c", TAKEN], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "timm's registry has another 'mobilenet_v2'" in done.stderr
+
+
+def test_timm_has_none_of_the_names_itself():
+    code = "import timm; print(*timm.list_models())"
+    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    ours = {name for name in PARAMETERS if timm.models.model_entrypoint(name).__module__ == "sqakd_hf.models"}
+    assert len(ours) == 7 and not ours & set(names)

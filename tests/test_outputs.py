@@ -150,3 +150,9 @@ def test_detectors_need_a_class_for_no_object(wrap):
 def test_a_model_with_one_output_is_not_asked_for_its_name():
     inputs = {"pixel_values": randn(2, 4, 3, 3)}
     assert torch.equal(predict(Answers(lambda x: x), inputs, field="1").logits, inputs["pixel_values"].mean((2, 3)))
+
+
+@pytest.mark.parametrize("batch", [{}, {"image": torch.zeros(1, 3, 16, 16), "labels": torch.zeros(1)}])
+def test_a_batch_without_images_is_one_sentence(conv_net, batch):
+    with pytest.raises(InputError, match="The batch has no pixel_values, only ('image', 'labels'|nothing)"):
+        predict(conv_net, batch)

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from sqakd_hf import InputError
+from sqakd_hf import InputError, QuantizationConfig, quantize_model
 from sqakd_hf import record as record_module
-from sqakd_hf.record import RECORD_FILE, TrainingRecord
+from sqakd_hf.html_report import html_report
+from sqakd_hf.record import RECORD_FILE, TrainingRecord, to_json
+from tests.conftest import tiny_vit
 
 
 RECORD = TrainingRecord(
@@ -40,6 +42,28 @@ class TestTrainingRecord:
         path = tmp_path / RECORD_FILE
         path.write_text(json.dumps({**json.loads(path.read_text()), "later": 1}))
         assert TrainingRecord.load(str(tmp_path)).log_history == [{"loss": 0.5, "epoch": 1.0}]
+
+    def test_numbers_that_are_not_finite_are_null(self, tmp_path):
+        nan, infinite = float("nan"), float("inf")
+        record = TrainingRecord(
+            {"student": {"kl": nan, "images": 3}},
+            [{"loss": torch.tensor(nan), "epoch": 1.0}, {"loss": 0.5, "epoch": 2.0}],
+            {"student": {"conv": -infinite}},
+        )
+        record.save(tmp_path)
+        text = (tmp_path / RECORD_FILE).read_text()
+        assert "NaN" not in text and "Infinity" not in text
+        loaded = TrainingRecord.load(str(tmp_path))
+        assert loaded.results == {"student": {"kl": None, "images": 3}}
+        assert loaded.log_history[0] == {"loss": None, "epoch": 1.0}
+        assert loaded.layer_sqnr == {"student": {"conv": None}}
+        model = tiny_vit()
+        quantize_model(model, QuantizationConfig())
+        assert "<figure" in html_report(model, "s", loaded)
+
+    def test_so_they_are_wherever_they_stand(self):
+        value = {"a": [1, (float("nan"), {"b": float("-inf")})], "c": "NaN", "d": 0.25, "e": True}
+        assert json.loads(to_json(value)) == {"a": [1, [None, {"b": None}]], "c": "NaN", "d": 0.25, "e": True}
 
     @pytest.mark.parametrize("content", ["not JSON", '{"results": 3}', "[1, 2]", '{"log_history": [1]}'])
     def test_a_file_of_another_kind_is_refused(self, tmp_path, content):

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from sqakd_hf.layers import weight_of
-from sqakd_hf.trace import trace_model
+from sqakd_hf.trace import image_channels, trace_model
 
 
 def trace(model, images=None):
@@ -97,3 +97,50 @@ def test_caches_of_eval_mode_and_the_callers_images_are_left_alone():
     model.load_state_dict(other.state_dict())
     with torch.no_grad():
         assert torch.equal(model(images), other(images))
+
+
+class FoldedStem(nn.Module):
+    """Folds 2 x 2 pixels into channels before its first convolution, which has groups."""
+
+    num_classes = 4
+
+    def __init__(self, channels):
+        super().__init__()
+        self.head = nn.Linear(8, 4)
+        self.stem = nn.Conv2d(4 * channels, 8, 3, groups=4)
+        self.pretrained_cfg = {"input_size": (channels, 16, 16), "first_conv": "stem"}
+
+    def forward(self, x):
+        return self.head(self.stem(nn.functional.pixel_unshuffle(x, 2)).mean((2, 3)))
+
+
+class LateStem(nn.Module):
+    """Has its first convolution registered behind another one, and metadata of other weights."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.body = nn.Conv2d(8, 8, 3)
+        self.stem = nn.Conv2d(channels, 8, 3, groups=channels if 8 % channels == 0 else 1)
+        self.pretrained_cfg = {"input_size": (3, 16, 16), "first_conv": "stem"}
+
+    def forward(self, x):
+        return self.body(self.stem(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 13])
+@pytest.mark.parametrize("kind", [FoldedStem, LateStem])
+def test_channels_are_those_that_the_model_runs_on(kind, channels):
+    model = kind(channels).train()
+    assert image_channels(model) == channels
+    assert model.training and all(module.training for module in model.modules())
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    assert trace_model(model, layers).first == {"stem"}
+
+
+def test_channels_of_a_model_on_no_device_are_those_of_its_convolution():
+    with torch.device("meta"):
+        assert image_channels(LateStem(4)) == 4
+
+
+def test_channels_of_a_model_without_convolutions_are_three():
+    assert image_channels(nn.Linear(3, 4)) == 3

@@ -8,11 +8,11 @@ For a float model it is what the quantization arguments would make of it: times 
 `pip install sqakd-hf[onnx]`; OpenVINO is measured where `pip install sqakd-hf[openvino]` was done.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..export import measure_latency
+from ..record import to_json
 from .quantization_arguments import parse_with_quantization
 from .students import student_or_plan
 
@@ -31,13 +31,13 @@ class BenchmarkArguments:
 
 def main(argv: Sequence[str]) -> None:
     """Run the command."""
-    options, quantization = parse_with_quantization(BenchmarkArguments, "sqakd benchmark", __doc__, argv)
+    options, quantization, given = parse_with_quantization(BenchmarkArguments, "sqakd benchmark", __doc__, argv)
     report = measure_latency(
-        student_or_plan(options.model, quantization, options.image_size, options.num_labels),
+        student_or_plan(options.model, quantization, given, options.image_size, options.num_labels),
         image_size=options.image_size,
         batch_size=options.batch_size,
         threads=options.threads,
         rounds=options.rounds,
         signed_activations=options.signed_activations,
     )
-    print(json.dumps(report.to_dict(), indent=2) if options.json else report)
+    print(to_json(report.to_dict()) if options.json else report)

@@ -44,6 +44,7 @@ from ..modeling import (
 )
 from ..objective import parse_objective, reads_labels
 from ..plan import plan_quantization
+from ..record import to_json
 from ..repeatable import own_random_numbers
 from ..report import results_table
 from ..trainer import ARGUMENTS_FILE, SQAKDTrainer
@@ -256,7 +257,7 @@ def distil(
 
     if trainer.is_world_process_zero():
         results["arguments"] = {**asdict(script), **config.to_dict(), "training": json.loads(args.to_json_string())}
-        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        (output / "results.json").write_text(to_json(results) + "\n")
     if args.push_to_hub:
         trainer.push_to_hub(dataset=script.dataset)
     else:
@@ -473,7 +474,8 @@ def check_output_folder(script: ScriptArguments, args: DistillationArguments) ->
 
 def set_up_logging(args: DistillationArguments) -> None:
     ours = logging.getLogger("sqakd_hf")
-    ours.addHandler(logging.StreamHandler())
+    if not any(type(handler) is logging.StreamHandler for handler in ours.handlers):  # of a call before
+        ours.addHandler(logging.StreamHandler())
     ours.setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
     if args.process_index != 0:
         transformers.utils.logging.set_verbosity_error()

@@ -24,6 +24,7 @@ from ..losses import check_same_classes
 from ..metrics import TeacherAgreement, TeacherDivergence, TopKAccuracy
 from ..modeling import Preprocessing, load_teacher, num_classes, preprocessing
 from ..outputs import predict
+from ..record import to_json
 from ..transforms import ImageTransform
 from .students import class_names, load_student
 
@@ -73,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
     if references:
         for metric in (TeacherAgreement(), TeacherDivergence()):
             results |= metric.compute(predictions=predictions, references=np.concatenate(references))
-    print(json.dumps(results, indent=2) if options.json else "\n".join(f"{k}: {v:.6g}" for k, v in results.items()))
+    print(to_json(results) if options.json else "\n".join(f"{k}: {v:.6g}" for k, v in results.items()))
 
 
 def _load_data(options: argparse.Namespace) -> ImageData:

@@ -9,10 +9,10 @@ The file is compared with the student first, layer by layer; on a mismatch none 
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 
 from ..export import export_onnx
+from ..record import to_json
 from .students import load_student
 
 
@@ -38,4 +38,4 @@ def main(argv: Sequence[str]) -> None:
         dynamic_image_size=options.dynamic_image_size,
     )
     facts = {**dataclasses.asdict(report), "path": str(report.path)}
-    print(json.dumps(facts, indent=2) if options.json else report)
+    print(to_json(facts) if options.json else report)

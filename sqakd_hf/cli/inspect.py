@@ -10,7 +10,6 @@ For a float model it is what the quantization arguments would make of it. Kernel
 codes of its weights and, where the same packages are, its speed on this machine.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from pathlib import Path
 from ..convert import is_calibrated
 from ..errors import InputError
 from ..html_report import html_report
-from ..record import TrainingRecord
+from ..record import TrainingRecord, to_json
 from .quantization_arguments import parse_with_quantization
 from .students import student_or_plan
 
@@ -37,9 +36,9 @@ class InspectArguments:
 
 def main(argv: Sequence[str]) -> None:
     """Run the command."""
-    options, quantization = parse_with_quantization(InspectArguments, "sqakd inspect", __doc__, argv)
+    options, quantization, given = parse_with_quantization(InspectArguments, "sqakd inspect", __doc__, argv)
     path = None if options.html is None else _writable(options.html)
-    student = student_or_plan(options.model, quantization, options.image_size, options.num_labels)
+    student = student_or_plan(options.model, quantization, given, options.image_size, options.num_labels)
     record = TrainingRecord.load(options.model) if is_calibrated(student) else TrainingRecord()
     plan = student.quantization_plan
     deploy, latency, missing = None, None, ""
@@ -66,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
         name = os.path.basename(os.path.abspath(options.model)) if os.path.isdir(options.model) else options.model
         page = html_report(student, name, record, facts["deploy"], latency)
         path.write_text(page, encoding="utf-8")
-    print(json.dumps(facts, indent=2) if options.json else f"{plan}\n\n{missing or deploy}")
+    print(to_json(facts) if options.json else f"{plan}\n\n{missing or deploy}")
     if path is not None and not options.json:
         print(f"The report is in {path}.")
 

@@ -3,13 +3,13 @@
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from transformers import HfArgumentParser
 
 from ..configuration import QuantizationConfig
-from ..errors import InputError
+from ..errors import InputError, suggest
 
 
 @dataclass
@@ -33,11 +33,6 @@ class QuantizationArguments:
     modules_to_not_convert: list[str] = field(default_factory=list, metadata={"help": "name patterns left in float"})
     quantizer_kwargs: str = field(default="{}", metadata={"help": 'JSON options of the quantizer: {"delta": 0.01}'})
 
-    def given(self) -> list[str]:
-        """Return the names of the arguments that are not at their defaults."""
-        defaults = asdict(QuantizationArguments())
-        return [name for name, value in asdict(self).items() if value != defaults[name]]
-
     def to_config(self) -> QuantizationConfig:
         """Return the configuration that the arguments describe."""
         options = asdict(self)
@@ -51,8 +46,8 @@ class QuantizationArguments:
 
 def parse_with_quantization(
     kind: type, program: str, description: str | None, argv: Sequence[str]
-) -> tuple[Any, QuantizationArguments]:
-    """Return a command's own arguments, an instance of `kind`, and those of the quantization.
+) -> tuple[Any, QuantizationArguments, list[str]]:
+    """Return a command's own arguments, an instance of `kind`, those of the quantization, and those of these given.
 
     The model is a positional argument, as in the commands that do not ask about the quantization.
     """
@@ -62,9 +57,23 @@ def parse_with_quantization(
         usage=f"{program} MODEL [--ARGUMENT VALUE ...]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    model = [f"--model={argv[0]}", *argv[1:]] if argv and not argv[0].startswith("-") else argv
-    return parser.parse_args_into_dataclasses(model)
+    arguments = [f"--model={argv[0]}", *argv[1:]] if argv and not argv[0].startswith("-") else list(argv)
+    named = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
+    if not {"--model", "--help"} & {*named, *("--help" for argument in arguments if argument == "-h")}:
+        raise InputError(f"{program} needs a model: {program} MODEL, a folder, a Hub id or timm/NAME.")
+    options, quantization, unknown = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+        raise InputError(
+            f"{program} has no argument {unknown[0]!r}; `{program} --help` lists them."
+            f"{suggest(unknown[0].split('=')[0], known)}"
+        )
+    names = {name.lstrip("-").replace("-", "_").removeprefix("no_") for name in named}
+    return options, quantization, [each.name for each in fields(quantization) if each.name in names]
 
 
 def parse_json(name: str, text: str) -> dict[str, Any]:

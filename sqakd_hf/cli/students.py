@@ -1,5 +1,8 @@
 """What commands are given to work on: a saved student, or a float model to quantize."""
 
+import logging
+from collections.abc import Sequence
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -7,6 +10,9 @@ from ..convert import quantize_model, quantized_layers
 from ..errors import InputError
 from ..modeling import WeightsNotFoundError, build_model, load_teacher
 from .quantization_arguments import QuantizationArguments
+
+
+logger = logging.getLogger(__name__)
 
 
 def load_student(name: str) -> PreTrainedModel:
@@ -18,17 +24,21 @@ def load_student(name: str) -> PreTrainedModel:
 
 
 def student_or_plan(
-    name: str, quantization: QuantizationArguments, image_size: int | None, num_labels: int
+    name: str, quantization: QuantizationArguments, given: Sequence[str], image_size: int | None, num_labels: int
 ) -> nn.Module:
-    """Return the saved student of this name, or what the arguments make of the float model, without ranges."""
+    """Return the saved student of this name, or what the arguments make of the float model, without ranges.
+
+    A student has its own quantization: with it none of the arguments may be `given`.
+    """
     config = quantization.to_config()
     try:
         model = load_teacher(name)
-    except WeightsNotFoundError:
+    except WeightsNotFoundError as error:
         model = build_model(name, num_labels, image_size)  # what is quantized does not depend on the weights
+        logger.warning("Random weights, and %d classes unless --num_labels says. %s", num_labels, error)
     if not quantized_layers(model):
         quantize_model(model, config)
-    elif given := quantization.given():
+    elif given:
         raise InputError(f"{name!r} is a student, whose quantization is its own. Leave out --{', --'.join(given)}.")
     return model.eval()
 

@@ -3,8 +3,8 @@
 import contextlib
 import json
 import os
+import secrets
 import stat
-import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -127,14 +127,12 @@ def export_onnx(
     exported, placements = _lowered(student, example, container, signed_activations, dynamic_image_size, output_field)
     proto = _proto(exported)
     onnx.checker.check_model(proto, full_check=True)
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}.onnx")
     try:
-        handle, temporary = tempfile.mkstemp(".onnx", f".{path.name}-", path.parent)
-    except OSError as error:
-        raise InputError(f"{str(path)!r} can't be written: {error.strerror}.") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:  # with the permissions of any new file, unlike tempfile's
             file.write(proto.SerializeToString())
-        os.chmod(temporary, _mode(path))  # that of temporary files is for their owner alone
+        if path.exists():
+            os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
         check = None
         if verify:
             check = verify_export(student, temporary, example, output_field=output_field)
@@ -146,15 +144,6 @@ def export_onnx(
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
     return ExportReport(path, path.stat().st_size, exported.opset_imports[""], tuple(placements), check)
-
-
-def _mode(path: Path) -> int:
-    """Return the permissions of the file at `path`, or those that a new one gets."""
-    if path.exists():
-        return stat.S_IMODE(path.stat().st_mode)
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
 
 
 def deploy_report(

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..convert import calibrate_model, is_calibrated, quantized_layers
 from ..errors import InputError, first_line
 from ..modeling import Preprocessing, load_teacher, preprocessing
-from ..trace import example_images
+from ..trace import example_images, image_channels
 
 
 EXAMPLES = 8
@@ -51,9 +51,8 @@ def noise(student: nn.Module, image_size: int | None, count: int = EXAMPLES) -> 
     generator = torch.Generator().manual_seed(0)
     expected = expected_images(student)
     if expected is None:
-        _, channels, *size = next(example_images(student, torch.device("cpu"))).shape
-        size = size if image_size is None else [image_size] * 2
-        return torch.randn(count, channels, *size, generator=generator)
+        size = next(example_images(student, torch.device("cpu"))).shape[2:] if image_size is None else [image_size] * 2
+        return torch.randn(count, image_channels(student), *size, generator=generator)
     size = image_size or expected.image_size
     mean, std = (torch.tensor(values)[:, None, None] for values in (expected.mean, expected.std))
     pixels = torch.randint(256, (count, len(mean), size, size), generator=generator)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from sqakd_hf import QuantizationConfig, calibrate_model, quantize_model
 from sqakd_hf import data as data_module
 from sqakd_hf.cli import COMMANDS, distill, evaluate, main
 from tests.conftest import tiny_vit
@@ -150,9 +153,18 @@ class TestInspect:
 
 
 class TestBenchmark:
-    def test_a_student_keeps_its_quantization(self, distilled):
-        with pytest.raises(SystemExit, match="is a student, whose quantization is its own. Leave out --weight_bits."):
-            main(["benchmark", str(distilled), "--weight_bits", "4"])
+    @pytest.mark.parametrize(
+        ("given", "named"),
+        [
+            ("--weight_bits 4", "--weight_bits"),
+            ("--weight_bits 2", "--weight_bits"),  # the default: given all the same
+            ("--quantizer=lsq --no_per_channel", "--quantizer, --per_channel"),
+        ],
+    )
+    @pytest.mark.parametrize("command", ["inspect", "benchmark"])
+    def test_a_student_keeps_its_quantization(self, whole, command, given, named):
+        with pytest.raises(SystemExit, match=f"is a student, whose quantization is its own. Leave out {named}.$"):
+            main([command, str(whole / "student"), *given.split()])
 
     def test_a_student(self, distilled, capsys):
         facts = json.loads(printed(capsys, "benchmark", distilled, "--rounds", 2, "--json"))
@@ -187,6 +199,16 @@ class TestMain:
             ("inspect timm/test_resnet --image_size -3", "image_size must be a positive integer, got -3"),
             ("benchmark timm/test_resnet --rounds 1", "rounds must be an integer of at least 2, got 1"),
             ("inspect timm/test_resnet --container zip", "container must be one of"),
+            ("inspect", "sqakd inspect needs a model"),
+            ("inspect --weight_bits 4", "sqakd inspect needs a model"),
+            ("benchmark --json", "sqakd benchmark needs a model"),
+            (
+                "inspect timm/test_resnet --weigth_bits 4",
+                "sqakd inspect has no argument '--weigth_bits'; .* Did you mean '--weight_bits'",
+            ),
+            ("benchmark timm/test_resnet --round=3", "has no argument '--round=3'; .* Did you mean '--rounds'"),
+            ("inspect timm/test_resnet --weight 4", "has no argument '--weight'"),
+            ("benchmark timm/test_resnet more", "sqakd benchmark has no argument 'more'"),
         ],
     )
     def test_what_the_user_can_mend_is_one_sentence(self, arguments, message):
@@ -211,3 +233,118 @@ class TestMain:
         model.save_pretrained(tmp_path / "other")
         with pytest.raises(SystemExit, match="error: .*10.*classes|error: .*4.*classes"):
             main(["evaluate", str(distilled), "--max_images", "4", "--teacher", str(tmp_path / "other")])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Folders with a whole student, a whole float model, and one in several files."""
+    folder = tmp_path_factory.mktemp("whole")
+    torch.manual_seed(0)
+    model = tiny_vit()
+    model.save_pretrained(folder / "float")
+    model.save_pretrained(folder / "sharded", max_shard_size="10KB")
+    quantize_model(model, QuantizationConfig(weight_bits=4, activation_bits=4))
+    calibrate_model(model, [torch.randn(4, 3, 16, 16)], disable_progress=True)
+    model.eval().save_pretrained(folder / "student")
+    return folder
+
+
+def flip_a_bit(folder):
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(folder, name="model.safetensors"):
+    path = folder / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def replace_index(folder, index):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def keep_one_tensor(folder):
+    name, tensor = next(iter(load_file(folder / "model.safetensors").items()))
+    save_file({name: tensor}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+DAMAGES = {
+    "a flipped bit": ("student", flip_a_bit, "is not what was saved"),
+    "a truncated student": ("student", truncate, "model.safetensors can't be read"),
+    "a student without weights": (
+        "student",
+        lambda folder: (folder / "model.safetensors").unlink(),
+        "The weights of the quantized model .* are missing",
+    ),
+    "a truncated float model": ("float", truncate, "can't be loaded: .*If its files are damaged"),
+    "an empty file of weights": (
+        "float",
+        lambda folder: (folder / "model.safetensors").write_bytes(b""),
+        "can't be loaded",
+    ),
+    "a half-written download": (
+        "float",
+        lambda folder: (folder / "model.safetensors").rename(folder / "model.safetensors.part"),
+        "can't be loaded",
+    ),
+    "most tensors lost": ("float", keep_one_tensor, "The files of .* lack '"),
+    "a missing shard": (
+        "sharded",
+        lambda folder: (folder / "model-00002-of-00003.safetensors").unlink(),
+        "can't be loaded: No such file.*00002-of-00003",
+    ),
+    "a missing index": (
+        "sharded",
+        lambda folder: (folder / "model.safetensors.index.json").unlink(),
+        "can't be loaded",
+    ),
+    "a truncated index": (
+        "sharded",
+        lambda folder: truncate(folder, "model.safetensors.index.json"),
+        "can't be loaded",
+    ),
+    "an index that names a missing file": (
+        "sharded",
+        lambda folder: replace_index(folder, {"metadata": {}, "weight_map": {"vit.x": "gone.safetensors"}}),
+        "can't be loaded: No such file.*gone.safetensors",
+    ),
+    "an index of another kind": ("sharded", lambda folder: replace_index(folder, {}), "can't be loaded"),
+    "a truncated config": ("float", lambda folder: truncate(folder, "config.json"), "holds no model"),
+    "an empty folder": ("float", lambda folder: [path.unlink() for path in folder.iterdir()], "holds no model"),
+}
+
+
+class TestDamagedModels:
+    @pytest.fixture(params=DAMAGES.values(), ids=DAMAGES)
+    def damaged(self, request, whole, tmp_path):
+        source, damage, message = request.param
+        shutil.copytree(whole / source, tmp_path / "model")
+        damage(tmp_path / "model")
+        return str(tmp_path / "model"), message
+
+    @pytest.mark.parametrize("command", ["inspect", "benchmark", "evaluate", "export", "distill"])
+    def test_are_an_error_and_never_random_weights(self, damaged, command, tmp_path, capsys):
+        folder, message = damaged
+        arguments = {
+            "export": [folder, str(tmp_path / "a.onnx")],
+            "distill": ["--model", folder, "--output_dir", str(tmp_path / "output"), "--use_cpu", "true"],
+        }
+        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+            main([command, *arguments.get(command, [folder])])
+        assert capsys.readouterr().out == "" and not (tmp_path / "output").exists()
+
+    def test_the_shell_sees_a_sentence_and_a_failure(self, whole, tmp_path):
+        shutil.copytree(whole / "student", tmp_path / "model")
+        flip_a_bit(tmp_path / "model")
+        command = [sys.executable, "-m", "sqakd_hf", "inspect", str(tmp_path / "model")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
+        assert re.search("^error: .*model.safetensors: the tensor .* is not what was saved", done.stderr, re.MULTILINE)
+
+    def test_a_config_alone_is_an_architecture_and_said_to_be_one(self, whole, tmp_path, capsys, caplog):
+        shutil.copy(whole / "float" / "config.json", tmp_path)
+        said = printed(capsys, "inspect", tmp_path, "--num_labels", 7)
+        assert "W2A2" in said and "integer kernels for" in said
+        assert "Random weights" in caplog.text and "has no trained weights" in caplog.text

@@ -349,3 +349,17 @@ class TestInterrupt:
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "out" / "results.json").exists()
         assert "starts from random weights" not in done.stderr  # the teacher of the first part goes on teaching
+
+
+def test_a_second_call_in_one_process_says_everything_once(tmp_path):
+    ours = logging.getLogger("sqakd_hf")
+    level, handlers = ours.level, list(ours.handlers)
+    try:
+        ours.handlers[:] = [logging.NullHandler()]
+        args = distill.DistillationArguments(output_dir=str(tmp_path), use_cpu=True)
+        for _ in range(3):
+            distill.set_up_logging(args)
+        assert [type(handler) for handler in ours.handlers] == [logging.NullHandler, logging.StreamHandler]
+    finally:
+        ours.setLevel(level)
+        ours.handlers[:] = handlers

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -477,13 +478,16 @@ class TestFile:
         with pytest.raises(ExportMismatchError, match="relative difference of logits on equal codes nan"):
             check.require()
 
-    def test_others_may_read_it_as_the_folder_says(self, exported, tmp_path):
+    def test_others_may_read_it_as_the_folder_says(self, exported, tmp_path, monkeypatch):
+        monkeypatch.setattr(os, "umask", None)  # of the whole process: other threads write files meanwhile
         student, reports = exported[4]
         (tmp_path / "usual").touch()
         assert reports["int8"].path.stat().st_mode == (tmp_path / "usual").stat().st_mode
         (tmp_path / "own.onnx").touch(0o600)
         report = export_onnx(student, tmp_path / "own.onnx", verify=False, image_size=32)
         assert report.path.stat().st_mode & 0o777 == 0o600
+        new = export_onnx(student, tmp_path / "new.onnx", verify=False, image_size=32)
+        assert new.path.stat().st_mode == (tmp_path / "usual").stat().st_mode
 
     def test_of_another_student_is_refused(self, exported, tmp_path):
         other = student_of(TinyConvNet())
