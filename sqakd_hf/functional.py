@@ -117,6 +117,9 @@ def fake_quantize(
         tensor([1., 1., 0.])
     """
     grid = affine_grid(lower.detach(), upper.detach(), levels) if grid is None else grid
+    if torch.jit.is_tracing():
+        scale, zero_point = along(grid.scale, x, channel_axis), along(grid.zero_point, x, channel_axis)
+        return _traced(x.detach(), scale, zero_point, levels - 1, binary)
     return _FakeQuantize.apply(x, lower, upper, grid, levels - 1, float(delta), channel_axis, binary, clip_only)
 
 
@@ -184,6 +187,16 @@ def _rounded(steps, zero_point, qmax):
 def _forward(x, scale, zero_point, qmax, binary):
     wide = x.to(torch.promote_types(x.dtype, scale.dtype))
     return _code(wide, scale, zero_point, qmax, binary).sub_(zero_point).mul_(scale).to(x.dtype)
+
+
+def _traced(x, scale, zero_point, qmax, binary):
+    """[`_forward`] for `torch.jit.trace`, without changes in place: OpenVINO, which reads such graphs, takes none."""
+    whole = zero_point.floor()
+    if binary:
+        code = (x >= (0.5 - zero_point) * scale).to(scale.dtype)
+    else:
+        code = (torch.round(x / scale + (zero_point - whole)) + whole).clamp(0, qmax)
+    return ((code - zero_point) * scale).to(x.dtype)
 
 
 def _backward(x, grad, lower, upper, scale, zero_point, slope, qmax, binary, clip_only, want_x, want_range):

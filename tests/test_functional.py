@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
-from sqakd_hf import functional
+from sqakd_hf import QuantizationConfig, calibrate_model, functional, quantize_model
 from sqakd_hf.functional import MIN_RANGE, Grid, affine_grid, dequantize, fake_quantize, quantize
 from sqakd_hf.quantizers.lsq import code_bounds, scale_gradient
 
@@ -933,3 +934,43 @@ class TestGrid:
         grid = affine_grid(torch.zeros(1), torch.ones(1), levels=4)
         assert isinstance(grid, Grid)
         assert Grid._fields == ("lower", "upper", "scale", "zero_point")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("test_resnet", {"residual_bits": 8}),
+        ("test_vit", {"attention_bits": 8}),
+        ("test_resnet", {"quantizer": "ewgs", "weight_bits": 1, "activation_bits": 1}),
+        ("test_resnet", {"quantizer": "dorefa"}),
+    ],
+)
+class TestTracing:
+    """A student in eval mode as a graph of TorchScript."""
+
+    @pytest.fixture
+    def student(self, name, options):
+        torch.manual_seed(0)
+        size = {"img_size": 32} if "vit" in name else {}
+        model, images = timm.create_model(name, num_classes=4, **size), torch.randn(4, 3, 32, 32)
+        quantize_model(model, QuantizationConfig(**options), images)
+        calibrate_model(model, [images], disable_progress=True)
+        return model.eval()
+
+    def test_gives_the_same_bits(self, student):
+        images = torch.randn(4, 3, 32, 32)
+        with torch.no_grad():
+            traced = torch.jit.trace(student, images)
+            for x in (images, torch.randn(2, 3, 32, 32)):
+                assert torch.equal(traced(x), student(x))
+
+    def test_is_what_openvino_reads(self, student):
+        openvino = pytest.importorskip("openvino")
+        images = torch.randn(4, 3, 32, 32)
+        model = openvino.convert_model(student, example_input=images)
+        precision = {"INFERENCE_PRECISION_HINT": "f32"}
+        found = openvino.Core().compile_model(model, "CPU", precision)(images.numpy())[0]
+        with torch.no_grad():
+            # Sums in another order move values over the threshold between two codes.
+            expected = student(images)
+            assert (torch.from_numpy(found) - expected).norm() < 0.05 * expected.norm()
