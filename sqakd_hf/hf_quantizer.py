@@ -30,6 +30,7 @@ from .convert import (
     quantized_layers,
     quantizers,
     record_signedness,
+    require_planned_layers,
     warn_of_float32,
 )
 from .errors import InputError, quote
@@ -220,6 +221,7 @@ class SQAKDHfQuantizer(HfQuantizer):
             raise InputError(
                 "The student has no ranges yet. Call calibrate_model or trainer.train() before you save it."
             )
+        require_planned_layers(model, widths=self._format == "packed")
         from .modeling import keep_preprocessing  # with all that image processors need
 
         keep_preprocessing(model)
@@ -229,7 +231,7 @@ class SQAKDHfQuantizer(HfQuantizer):
         state_dict = {name: tensor for name, tensor in state_dict.items() if name not in dropped}
         record_signedness(model)
         plans = {layer.name: layer for layer in model.quantization_plan}
-        shapes = {layer.name: weight_of(model.get_submodule(layer.name)).shape for layer in model.quantization_plan}
+        shapes = {layer.name: _weight_shape(model, layer.name) for layer in model.quantization_plan}
         if self._format == "packed":
             for name, layer in layers.items():
                 codes = (
@@ -269,6 +271,16 @@ class SQAKDHfQuantizer(HfQuantizer):
         for name in ("_weight_conversions", "push_to_hub"):
             vars(model).pop(name, None)
         return model if dtype is None else model.to(dtype)
+
+
+def _weight_shape(model: nn.Module, name: str) -> torch.Size:
+    weight = weight_of(dict(model.named_modules(remove_duplicate=False)).get(name))
+    if weight is None:
+        raise InputError(
+            f"The float layer {name!r} is no longer in the student, which could not be loaded again without it. Take "
+            "it out of the float model, then quantize that."
+        )
+    return weight.shape
 
 
 def _push_to_hub(model: "PreTrainedModel", *args: Any, **kwargs: Any) -> Any:

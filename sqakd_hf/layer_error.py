@@ -9,7 +9,7 @@ from torch import nn
 from .convert import quantized_layers
 from .functional import widest_float
 from .outputs import run_model
-from .quantizers import FakeQuantizer
+from .teacher import parameter_shapes
 from .trace import evaluating
 
 
@@ -31,7 +31,7 @@ def layer_sqnr(
         batches (`Iterable`): Images `(B, C, H, W)` on that device, as both take them, or dicts with `pixel_values`
             (and `pixel_mask`). Both run in eval mode; their own mode is restored.
     """
-    names = list(quantized_layers(student)) if _shapes(student) == _shapes(teacher) else []
+    names = list(quantized_layers(student)) if parameter_shapes(student) == parameter_shapes(teacher) else []
     sums: dict[str, torch.Tensor] = {}
     with evaluating(student), evaluating(teacher):
         for batch in batches:
@@ -47,12 +47,6 @@ def layer_sqnr(
     in_order = {name: sums[name].clamp(min=tiny) for name in names if name in sums}
     ratios = {name: 10 * float(torch.log10(signal / noise)) for name, (signal, noise) in in_order.items()}
     return {name: ratio for name, ratio in ratios.items() if math.isfinite(ratio)}
-
-
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """Return the shapes of a model's tensors by name, without those of quantizers."""
-    own = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FakeQuantizer))
-    return {name: tensor.shape for name, tensor in model.state_dict().items() if not name.startswith(own or ("\0",))}
 
 
 def _outputs(model: nn.Module, names: Iterable[str], inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

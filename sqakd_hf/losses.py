@@ -8,6 +8,24 @@ from torch.nn import functional as F
 from .errors import InputError
 
 
+def no_distribution(found: str) -> InputError:
+    """Return the error for an output that is no class distribution; `found` says what it is instead."""
+    return InputError(
+        f"{found}. Distillation compares class distributions by softmax: logits (B, K) of K >= 2 classes, "
+        "(B, K, H, W) of pixels, or (B, Q, K) of queries with a class for 'no object'. Where a model has several such "
+        "heads, output_field names the one to learn."
+    )
+
+
+def check_distribution(logits: torch.Tensor) -> None:
+    """Raise `InputError` unless `logits` has two classes or more: of one, the softmax is 1 whatever the model says."""
+    shape = tuple(logits.shape)
+    if logits.dim() < 2 or shape[class_dim(logits)] < 2:
+        raise no_distribution(f"An output of the shape {shape} has fewer than two classes")
+    if not logits.is_floating_point():
+        raise no_distribution(f"An output of {logits.dtype} holds no logits, but numbers that were made of them")
+
+
 def distillation_loss(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
@@ -24,13 +42,13 @@ def distillation_loss(
             query or token.
         teacher_logits (`torch.Tensor`): The same shape.
         temperature (`float`, *optional*, defaults to 4.0): `T`, positive.
-        reduction (`str`, *optional*, defaults to `"mean"`): `"mean"` over all valid positions of the batch, or
-            `"none"` for one value an image, `(B,)`, the mean over its own.
+        reduction (`str`, *optional*, defaults to `"mean"`): `"none"` for one value an image, `(B,)`, the mean over
+            its own valid positions, or `"mean"`, the mean of these: a batch of 8 has the mean loss of two of 4.
         mask (`torch.Tensor`, *optional*): Boolean, the shape of the logits without their class dimension: `False`
-            leaves a position out. Without any valid position the loss is 0.
+            leaves a position out. An image without any valid position has the loss 0, which `"mean"` counts.
 
     Raises:
-        `InputError`: Shapes that differ, a temperature that is not positive, an unknown reduction.
+        `InputError`: Shapes that differ, a single class, a temperature that is not positive, an unknown reduction.
 
     Examples:
         >>> student, teacher = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
@@ -54,11 +72,12 @@ def distillation_loss(
         raise InputError(
             f"Student and teacher logits must have the same shape, got {tuple(shapes[0])} and {tuple(shapes[1])}."
         )
+    check_distribution(student_logits)
     wide = torch.promote_types(student_logits.dtype, torch.float32)
     student = F.log_softmax(student_logits.to(wide) / temperature, dim=dim)
     teacher = F.log_softmax(teacher_logits.detach().to(wide) / temperature, dim=dim)
     divergence = temperature**2 * (teacher.exp() * (teacher - student)).sum(dim)
-    return divergence.mean() if reduction == "mean" and mask is None else masked_mean(divergence, mask, reduction)
+    return masked_mean(divergence, mask, reduction)
 
 
 def class_dim(logits: torch.Tensor) -> int:
@@ -72,13 +91,13 @@ def class_dim(logits: torch.Tensor) -> int:
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor | None, reduction: str) -> torch.Tensor:
-    """Return the mean of `(B, ...)` over the positions where `mask` is true: `"mean"` of all, `"none"` per image."""
+    """Return each image's mean of `(B, ...)` over the positions where `mask` is true (`"none"`), or their `"mean"`."""
     values = values.flatten(1) if values.dim() > 1 else values[:, None]
     if mask is None:
         return values.mean() if reduction == "mean" else values.mean(1)
     mask = mask.to(values.dtype).reshape(values.shape)
-    axis = (0, 1) if reduction == "mean" else (1,)
-    return (values * mask).sum(axis) / mask.sum(axis).clamp(min=1)
+    each = (values * mask).sum(1) / mask.sum(1).clamp(min=1)
+    return each.mean() if reduction == "mean" else each
 
 
 def box_loss(
@@ -86,8 +105,8 @@ def box_loss(
 ) -> torch.Tensor:
     """Return the L1 distance of the student's boxes from the teacher's, for detectors that predict by query.
 
-    A query that sees no object has no box: queries count by the teacher's probability that there is one (its last
-    class is "no object", as in [DETR](https://huggingface.co/papers/2005.12872)).
+    A query that sees no object has no box: an image's queries count by the teacher's probability that there is one
+    (its last class is "no object", as in [DETR](https://huggingface.co/papers/2005.12872)).
 
     Args:
         student_boxes, teacher_boxes (`torch.Tensor`): `(B, Q, 4)`, in shares of the image's sides.
@@ -96,8 +115,8 @@ def box_loss(
     """
     is_object = 1 - teacher_logits.detach().float().softmax(-1)[..., -1]
     distance = (student_boxes.float() - teacher_boxes.detach().float()).abs().sum(-1) * is_object
-    axis = (0, 1) if reduction == "mean" else (1,)
-    return distance.sum(axis) / is_object.sum(axis).clamp(min=1e-6)
+    each = distance.sum(1) / is_object.sum(1).clamp(min=1e-6)
+    return each.mean() if reduction == "mean" else each
 
 
 def mean_teacher_logits(logits: list[torch.Tensor], temperature: float) -> torch.Tensor:

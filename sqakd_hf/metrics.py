@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from .errors import InputError
-from .losses import distillation_loss
+from .losses import check_distribution, distillation_loss
 
 
 _CITATION = "Zhao and Zhao. Self-Supervised Quantization-Aware Knowledge Distillation. AISTATS 2024."
@@ -28,7 +28,7 @@ class TopKAccuracy(evaluate.Metric):
         return _info("Top-k accuracy.", datasets.Value("int64"))
 
     def _compute(self, predictions: list, references: list, k: int = 1) -> dict[str, float]:
-        logits = np.asarray(predictions)
+        logits = _distributions(predictions).numpy()
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= logits.shape[1]:
             raise InputError(f"k must be an integer from 1 to the number of classes, {logits.shape[1]}, got {k!r}.")
         labels = np.asarray(references)
@@ -52,7 +52,8 @@ class TeacherAgreement(evaluate.Metric):
         return _info("Top-1 agreement of a student with its teacher.", _LOGITS)
 
     def _compute(self, predictions: list, references: list) -> dict[str, float]:
-        return {"agreement": float((np.argmax(predictions, 1) == np.argmax(references, 1)).mean())}
+        student, teacher = _distributions(predictions).numpy(), _distributions(references).numpy()
+        return {"agreement": float((student.argmax(1) == teacher.argmax(1)).mean())}
 
 
 class TeacherDivergence(evaluate.Metric):
@@ -70,8 +71,14 @@ class TeacherDivergence(evaluate.Metric):
         return _info("Kullback-Leibler divergence of a student from its teacher, times T².", _LOGITS)
 
     def _compute(self, predictions: list, references: list, temperature: float = 4.0) -> dict[str, float]:
-        student, teacher = torch.as_tensor(np.asarray(predictions)), torch.as_tensor(np.asarray(references))
+        student, teacher = _distributions(predictions), _distributions(references)
         return {"kl": distillation_loss(student, teacher, temperature).item()}
+
+
+def _distributions(logits: list) -> torch.Tensor:
+    logits = torch.as_tensor(np.asarray(logits))
+    check_distribution(logits)
+    return logits
 
 
 def _info(description: str, references: object) -> evaluate.MetricInfo:

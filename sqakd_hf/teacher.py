@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import InputError
 from .losses import mean_teacher_logits
-from .outputs import Prediction, predict
+from .outputs import Prediction, predict, unwrapped
+from .quantizers import FakeQuantizer
 
 
 TEACHER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,6 +42,7 @@ class Teacher:
         if channels_last:
             self.models = [model.to(memory_format=torch.channels_last) for model in self.models]
         self.device, self.dtype = device, dtype
+        self._corresponds_to: nn.Module | None = None
         self._runs = self.models
         if compile_options is not None:
             self._runs = [torch.compile(model, **compile_options) for model in self.models]
@@ -62,6 +65,23 @@ class Teacher:
             torch.stack(boxes).mean(0) if boxes else None,
         )
 
+    def require_corresponding_queries(self, student: nn.Module) -> None:
+        """Raise `InputError` unless the queries of `student` may be those of one teacher that it started from.
+
+        Which object a query answers for is arbitrary: each training settles it anew.
+        """
+        if student is self._corresponds_to:
+            return
+        own, models = unwrapped(student), [unwrapped(model) for model in self.models]
+        alike = isinstance(own, type(models[0])) and parameter_shapes(own) == parameter_shapes(models[0])
+        if len(models) > 1 or not alike:
+            teachers = ", ".join(type(model).__name__ for model in models)
+            raise InputError(
+                f"{type(own).__name__} answers by queries (B, Q, K), and so do its teachers: {teachers}. Queries "
+                "correspond only between a student and the one teacher that it was copied from: pass that one."
+            )
+        self._corresponds_to = student
+
     def fingerprint(self) -> str:
         """Return a hash of what the predictions depend on: the models' structure and tensors, and the dtype."""
         digest = hashlib.sha256(str(self.dtype).encode())
@@ -71,3 +91,11 @@ class Teacher:
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of a model's parameters by name, without those of quantizers."""
+    own = {
+        id(tensor) for module in model.modules() if isinstance(module, FakeQuantizer) for tensor in module.parameters()
+    }
+    return {name: tensor.shape for name, tensor in model.named_parameters() if id(tensor) not in own}

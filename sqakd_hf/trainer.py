@@ -36,13 +36,13 @@ from .convert import (
     record_signedness,
     reestimate_batch_norm,
     require_float32_latents,
+    require_planned_layers,
 )
 from .delta import estimate_delta
 from .errors import InputError
 from .functional import widest_float
 from .html_report import html_report
 from .hub import hub_id
-from .interception import InterceptedModule
 from .last_batch import check_last_batch
 from .layer_error import layer_sqnr
 from .losses import box_loss, check_same_classes, distillation_loss, masked_mean
@@ -56,7 +56,7 @@ from .non_finite import (
 )
 from .objective import Features, feature_terms, parse_objective, total_loss
 from .oscillation import OscillationFreezer, dampening_loss, ramp
-from .outputs import Prediction, predict
+from .outputs import Prediction, predict, require_classes
 from .progressive import ProgressiveBits
 from .push import upload_errors, weight_bytes
 from .quantizers import FakeQuantizer
@@ -116,15 +116,15 @@ class SQAKDTrainer(Trainer):
             calibrates it first.
         teacher_model (`nn.Module`, `str` or a list of them): The full-precision model, or a name for
             [`load_teacher`]; of any architecture with the same classes. The student learns the mean of the
-            distributions of several. Teachers stay outside the student: in eval mode, without gradients, neither
-            saved nor optimised.
+            distributions of several; a detector has one, which it was copied from. Teachers stay outside the student:
+            in eval mode, without gradients, neither saved nor optimised.
         args (`SQAKDTrainingArguments`, *optional*): Training arguments.
         train_dataset, eval_dataset: Datasets that yield `pixel_values` `(C, H, W)` and, optionally, `labels`.
         **kwargs: All else that [`~transformers.Trainer`] takes.
 
     Raises:
-        `InputError`: A student that is not quantized, a teacher that is quantized or the student itself, a different
-            number of classes.
+        `InputError`: A student that is not quantized or was changed after that, a teacher that is quantized or the
+            student itself, a different number of classes, a model without class logits.
 
     `evaluate()` returns `eval_loss` (the divergence), `eval_agreement` (share of images where student and teacher
     name the same class) and, where the dataset has labels, `eval_accuracy`; exact means over the images, whatever
@@ -147,12 +147,14 @@ class SQAKDTrainer(Trainer):
         given = list(teacher_model) if isinstance(teacher_model, list | tuple) else [teacher_model]
         if not given:
             raise InputError("teacher_model is an empty list. Pass at least one full-precision model.")
+        require_classes(model)
         teachers = [load_teacher(teacher) if isinstance(teacher, str) else teacher for teacher in given]
         for teacher in teachers:
             if teacher is model:
                 raise InputError("Student and teacher are one object. Use copy.deepcopy(model) before quantizing it.")
             if quantized_layers(teacher):
                 raise InputError("The teacher is quantized. Pass the full-precision model.")
+            require_classes(teacher)
             classes = num_classes(model), num_classes(teacher)
             if None not in classes:
                 check_same_classes(*classes)
@@ -194,6 +196,7 @@ class SQAKDTrainer(Trainer):
         self._format = "packed"
 
     def _check_student(self, model: nn.Module) -> None:
+        require_planned_layers(model)
         if not quantized_layers(model):
             raise InputError(
                 "The student is not quantized. Call quantize_model(model, QuantizationConfig(...)) first."
@@ -230,6 +233,7 @@ class SQAKDTrainer(Trainer):
         `resume_from_checkpoint=True` goes on from the last complete checkpoint: a run that was killed while it saved
         leaves a half-written one, which is passed over.
         """
+        require_planned_layers(self.model)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
         elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
@@ -356,12 +360,6 @@ class SQAKDTrainer(Trainer):
             ):
                 if asked:
                     raise InputError(f"{option} needs whole weights: it does not work where they are sharded.")
-        for name, module in self.model.named_modules():
-            if "output_quantizer" in module._modules and not isinstance(module, InterceptedModule):
-                raise InputError(
-                    f"{name!r} was converted to {type(module).__name__} after it was quantized, and no longer "
-                    "quantizes its output. Convert the float model (SyncBatchNorm, say), then quantize it."
-                )
         if looks_inside and len(self.teacher.models) > 1:
             raise InputError(
                 f"The objective {self.args.objective!r} compares features: pass one teacher, not several."
@@ -549,7 +547,8 @@ class SQAKDTrainer(Trainer):
             weight = self.args.oscillation_dampening * ramp(self.state.global_step, self.state.max_steps)
             loss = loss + weight * dampening_loss(quantized_layers(self.model).values())
         if model.training:
-            self._agreement.add(_agreement(student, teacher, mask).mean())
+            agreement, counts = _agreement(student, teacher, mask), student.counted(mask)
+            self._agreement.add((agreement * counts).sum(), counts.sum())
             self._check_loss(loss, inputs)
         return (loss, {"logits": student.logits, "teacher_logits": teacher.logits}) if return_outputs else loss
 
@@ -654,8 +653,12 @@ class SQAKDTrainer(Trainer):
     def teacher_prediction(self, inputs: dict[str, Any]) -> Prediction:
         """Return what the teachers say of a prepared batch: the mean of their distributions, and of their boxes."""
         if LOGITS in inputs:
-            return Prediction(inputs[LOGITS])
-        return self.teacher.predict(inputs, self.args.temperature, self.args.output_field)
+            prediction = Prediction(inputs[LOGITS])
+        else:
+            prediction = self.teacher.predict(inputs, self.args.temperature, self.args.output_field)
+        if prediction.by_query:
+            self.teacher.require_corresponding_queries(self.model)
+        return prediction
 
     def _check_loss(self, loss: torch.Tensor, inputs: dict[str, Any]) -> None:
         # To look at a number on an accelerator is to wait for it: there, `log` looks.
@@ -685,20 +688,39 @@ class SQAKDTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Group the parameters: decayed weights, other weights, and ranges with their own rate and no decay."""
-        if self.optimizer is not None:
-            return self.optimizer
         ranges = self._ranges(self.model if model is None else model)
+        if self.optimizer is not None:
+            if isinstance(self.optimizer, torch.optim.Optimizer):  # DeepSpeed's stand-in has no groups yet
+                self._warn_of_missing(ranges)
+            return self.optimizer
         for parameter in ranges:
             parameter.requires_grad_(False)
-        super().create_optimizer(*(() if model is None else (model,)))
-        for parameter in ranges:
-            parameter.requires_grad_(True)
+        try:
+            super().create_optimizer(*(() if model is None else (model,)))
+        finally:
+            for parameter in ranges:
+                parameter.requires_grad_(True)
         if ranges:
             # Last: Trainer logs the learning rate of the first group.
             self.optimizer.add_param_group(
                 {"params": ranges, "lr": self.args.quantizer_learning_rate, "weight_decay": 0.0}
             )
         return self.optimizer
+
+    def _warn_of_missing(self, ranges: list[nn.Parameter]) -> None:
+        """Say it if an optimizer that was passed leaves out what the student learns by."""
+        given = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        weights = [layer.stored_weight for layer in quantized_layers(self.model).values()]
+        weights = [weight for weight in weights if weight.requires_grad]
+        for what, own in (("ranges of its quantizers", ranges), ("quantized weights", weights)):
+            if missing := sum(id(parameter) not in given for parameter in own):
+                logger.warning(
+                    "The optimizer that was passed lacks %d of the student's %d %s: those stay as they are. Make it "
+                    "of the parameters of the quantized student, or let the trainer make one.",
+                    missing,
+                    len(own),
+                    what,
+                )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Decay matrices and kernels; not biases, nor the vectors of any normalisation."""
@@ -716,9 +738,11 @@ class SQAKDTrainer(Trainer):
             if not math.isfinite(logs.get(name, 0)) and not scaled:
                 where = first_non_finite_parameter(self.model) or "no parameter, so it is new"
                 self._stop_at_non_finite(what, logs[name], f"{where} (some time since the last log)")
-        if "loss" in logs and self._agreement:
-            own = torch.tensor(self._agreement.pop(), device=self.args.device)
-            logs["agreement"] = round(self.accelerator.reduce(own, "mean").item(), 4)
+        if "loss" in logs:
+            own = torch.tensor(self._agreement.pop_sums(), device=self.args.device)
+            total, count = self.accelerator.reduce(own, "sum").tolist()
+            if count:
+                logs["agreement"] = round(total / count, 4)
             if self._freezer is not None:
                 logs["frozen"] = round(self._freezer.frozen_share(), 4)
         super().log(logs, *args, **kwargs)
@@ -754,6 +778,7 @@ class SQAKDTrainer(Trainer):
         """Run Trainer's loop and replace its loss by exact means over the images; labels are optional."""
         if not is_calibrated(self.model):
             raise InputError("The student has no ranges yet. Call trainer.calibrate() or trainer.train() first.")
+        require_planned_layers(self.model, widths=self._progressive is None or not self.is_in_train)
         if self.is_in_train:
             self._require_finite_model()
         self._follow_first_process()  # BatchNorm's statistics are those of each process's own images
@@ -787,7 +812,7 @@ class SQAKDTrainer(Trainer):
         student, teacher = self._predict(model, inputs), self.teacher_prediction(inputs)
         mask = student.mask_of(inputs)
         loss = self._loss(student, teacher, mask, reduction="none")
-        counts = torch.ones_like(loss, dtype=torch.bool) if mask is None else mask.flatten(1).any(1)
+        counts = student.counted(mask)
         values = {"loss": (loss, counts), "agreement": (_agreement(student, teacher, mask), counts)}
         if labels is not None and (hits := student.hits(labels)) is not None:
             values["accuracy"], values["teacher_accuracy"] = hits, teacher.hits(labels)
@@ -835,6 +860,7 @@ class SQAKDTrainer(Trainer):
             if processor is not None:
                 processor.save_pretrained(folder)
         else:
+            require_planned_layers(self.model, widths=self._format == "packed")
             # Safetensors takes no kernels in channels-last.
             state = self.model.state_dict() if state_dict is None else state_dict
             super()._save(folder, {name: tensor.contiguous() for name, tensor in state.items()})
@@ -1082,7 +1108,11 @@ class _RunningMean:
         self.total = self.total + value.detach()
         self.count += count
 
-    def pop(self) -> float:
-        mean = float(self.total) / int(self.count)
+    def pop_sums(self) -> tuple[float, int]:
+        sums = float(self.total), int(self.count)
         self.total, self.count = 0.0, 0
-        return mean
+        return sums
+
+    def pop(self) -> float:
+        total, count = self.pop_sums()
+        return total / count

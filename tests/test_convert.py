@@ -8,6 +8,8 @@ import re
 import pytest
 import timm
 import torch
+from timm.models.byobnet import RepVggBlock
+from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, BatchFeature
@@ -26,6 +28,7 @@ from sqakd_hf import (
 )
 from sqakd_hf import convert as convert_module
 from sqakd_hf import layers as layers_module
+from sqakd_hf.convert import require_planned_layers
 from sqakd_hf.delta import estimate_delta
 from sqakd_hf.layer_error import layer_sqnr
 from sqakd_hf.outputs import predict, run_model
@@ -1202,3 +1205,157 @@ class TestRangeOfTheImages:
     def test_a_plan_without_activation_bits_learns_what_there_is(self):
         model, _ = self.student("native", activation_bits=None, first_last_bits=8)
         assert self.fixed(model) == set()
+
+
+class Reparameterizable(nn.Module):
+    """Two of timm's RepVGG blocks, whose branches `reparameterize_model` makes one convolution, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(RepVggBlock(3, 8), RepVggBlock(8, 8))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.blocks(x).mean((2, 3)))
+
+
+class ByHand(nn.Module):
+    """Applies the weight of its layer without calling it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return F.linear(x, self.layer.weight)
+
+
+class AppliesItself(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Linear(3, 8), ByHand(), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.inner(self.stem(x.mean((2, 3)))))
+
+
+def reparameterized(model):
+    return reparameterize_model(model)
+
+
+def without_a_layer(model):
+    model.blocks[1].conv_1x1 = nn.Identity()
+    return model
+
+
+def with_a_new_head(model):
+    model.head = nn.Linear(8, 4)
+    return model
+
+
+def with_other_bits(model):
+    model.head.weight_quantizer.bits = 5
+    return model
+
+
+def with_float_inputs(model):
+    model.head.input_quantizer = None
+    return model
+
+
+def with_synchronised_norms(model):
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+CHANGES = {
+    "reparameterized": (
+        reparameterized,
+        "4 of .*'blocks.0.conv_1x1.conv' \\(gone\\), 'blocks.0.conv_kxk.conv' \\(gone",
+    ),
+    "without a layer": (without_a_layer, "1 of .*'blocks.1.conv_1x1.conv' \\(gone\\)"),
+    "a new head": (with_a_new_head, "1 of .*'head' \\(now Linear, not quantized as planned\\)"),
+    "other bits": (with_other_bits, "1 of .*'head' \\(5 bits instead of 8\\)"),
+    "float inputs": (with_float_inputs, "1 of .*'head' \\(now QuantizedLinear, not quantized as planned\\)"),
+}
+
+
+class TestPlannedLayers:
+    """What the plan quantizes is looked for before it is used: layers may be replaced after they were quantized."""
+
+    def student(self, build=Reparameterizable, **config):
+        torch.manual_seed(0)
+        model = build().eval()
+        quantize_model(model, QuantizationConfig(weight_bits=4, activation_bits=4, **config), randn(1, 3, 8, 8))
+        return calibrate(model, [randn(4, 3, 8, 8)])
+
+    @pytest.mark.parametrize("wrap", [lambda model: model, Wrapper], ids=["bare", "wrapped"])
+    @pytest.mark.parametrize(("change", "found"), CHANGES.values(), ids=CHANGES)
+    def test_a_change_after_quantization_is_named(self, change, found, wrap):
+        student = self.student()
+        require_planned_layers(wrap(student))
+        with pytest.raises(InputError, match=f"{found}.*is done to the float model: do it there, then quantize"):
+            require_planned_layers(wrap(change(student)))
+
+    def test_it_is_noticed_before_ranges_are_set(self):
+        student = with_a_new_head(self.student())
+        before = ranges(student)
+        with pytest.raises(InputError, match="'head' \\(now Linear"):
+            calibrate(student, [randn(4, 3, 8, 8, seed=2)])
+        assert same(ranges(student), before)
+
+    def test_eight_are_named_and_all_are_counted(self):
+        model = linear_net(*[4] * 12)
+        quantize_model(model, images=randn(2, 4))
+        for i in range(0, 20, 2):
+            model[i] = nn.Linear(4, 4)
+        with pytest.raises(
+            InputError, match=r"^10 of .* left them: '0' \(now.*'4' \(now [^']*, \.\.\.\. What"
+        ) as error:
+            require_planned_layers(model)
+        assert str(error.value).count("now Linear") == 8
+
+    def test_so_are_operations_inside_of_modules(self):
+        student = self.student(residual_bits=8)
+        names = [line.name for line in student.quantization_plan.residuals]
+        assert names
+        with pytest.raises(InputError, match=r"5 of .*'blocks.0.conv_1x1.bn' \(now SyncBatchNorm"):
+            require_planned_layers(with_synchronised_norms(copy.deepcopy(student)))
+        student.get_submodule(names[0]).output_quantizer.bits = 3
+        with pytest.raises(InputError, match="3 bits instead of 8"):
+            require_planned_layers(student)
+
+        vit = tiny_vit()
+        quantize_model(vit, QuantizationConfig(attention_bits=8))
+        require_planned_layers(vit)
+        name = vit.quantization_plan.attention[0].name
+        vit.get_submodule(name).attention_quantizers.key_quantizer.bits = 4
+        with pytest.raises(InputError, match=re.escape(f"'{name}' (4 bits instead of 8)")):
+            require_planned_layers(vit)
+        convert_module.release(vit.get_submodule(name))
+        with pytest.raises(InputError, match=re.escape(f"'{name}' (now ")):
+            require_planned_layers(vit)
+
+    def test_and_weights_that_a_module_applies_itself(self):
+        student = self.student(AppliesItself)
+        require_planned_layers(student)
+        convert_module.release(student.inner)
+        with pytest.raises(InputError, match=r"1 of .*'inner.layer' \(not quantized by 'inner', now ByHand\)"):
+            require_planned_layers(student)
+
+    def test_float_layers_may_change_and_widths_where_they_may(self):
+        student = self.student(modules_to_not_convert=["head"])
+        student.head = nn.Linear(8, 7)
+        require_planned_layers(student)
+        student.head = nn.Identity()
+        require_planned_layers(student)
+        student.blocks[0].conv_kxk.conv.weight_quantizer.bits = 5
+        require_planned_layers(student, widths=False)
+
+    def test_copies_and_layers_without_a_plan_are_fine(self):
+        student = self.student(residual_bits=8)
+        require_planned_layers(copy.deepcopy(student))
+        del student.quantization_plan
+        require_planned_layers(reparameterized(student))
+        dequantized = self.student()
+        convert_module.dequantize_model(dequantized)
+        require_planned_layers(with_a_new_head(dequantized))

@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
@@ -192,6 +193,35 @@ def test_a_saved_config_quantizes_another_model_anew(tmp_path):
     other = tiny_vit()
     assert quantize_model(other, config) == quantize_model(tiny_vit(), QuantizationConfig(weight_bits=3))
     assert other.config.quantization_config.stored is None
+
+
+PLACES = {"native": (tiny_vit, 16, "classifier"), "timm": (timm_resnet, 32, "timm_model.fc")}
+
+
+@pytest.mark.parametrize(("build", "size", "head"), PLACES.values(), ids=PLACES)
+def test_a_student_that_lost_what_it_could_not_be_loaded_without_is_not_saved(tmp_path, build, size, head):
+    model = student(build, size)
+    parent, _, child = head.rpartition(".")
+    setattr(model.get_submodule(parent), child, nn.Linear(16, CLASSES))
+    with pytest.raises(InputError, match=rf"1 of .*'{head}' \(now Linear, not quantized as planned\)"):
+        model.save_pretrained(tmp_path)
+
+    in_float = student(build, size, first_last_bits=None)
+    setattr(in_float.get_submodule(parent), child, nn.Identity())
+    with pytest.raises(InputError, match=f"The float layer '{head}' is no longer in the student"):
+        in_float.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("format", ["packed", "latent"])
+def test_bits_that_are_not_those_of_the_plan_are_not_packed(tmp_path, format):
+    model = student(tiny_vit, 16)
+    model.classifier.weight_quantizer.bits = 3
+    with model.hf_quantizer.saving(format):
+        if format == "latent":  # of a stage of progressive_bits, say: ranges and weights are what they are
+            model.save_pretrained(tmp_path)
+        else:
+            with pytest.raises(InputError, match=r"'classifier' \(3 bits instead of 8\)"):
+                model.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

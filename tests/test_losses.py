@@ -171,6 +171,11 @@ class TestErrors:
             distillation_loss(torch.zeros(student), torch.zeros(teacher))
         assert message in str(error.value) and f"got {student} and {teacher}." in str(error.value)
 
+    @pytest.mark.parametrize("shape", [(3, 1), (3, 1, 4, 4), (3, 4, 1)])
+    def test_one_class_is_no_distribution(self, shape):
+        with pytest.raises(InputError, match=r"has fewer than two classes\. Distillation compares"):
+            distillation_loss(torch.zeros(shape), torch.ones(shape))
+
     def test_an_unknown_reduction_is_refused(self):
         with pytest.raises(InputError, match=r"^reduction must be 'mean' or 'none', got 'sum'\.$"):
             distillation_loss(torch.zeros(1, 2), torch.zeros(1, 2), reduction="sum")
@@ -200,11 +205,33 @@ class TestManyPositions:
         student.requires_grad_()
         mask = torch.zeros(2, 3, 4, dtype=torch.bool)
         mask[0, 1, 2] = mask[1, 0, 0] = mask[1, 2, 3] = True
-        rows = [x.movedim(1, -1)[mask] for x in (student, teacher)]
+        each = [
+            distillation_loss(*(x[i].movedim(0, -1)[mask[i]] for x in (student, teacher))) for i in range(len(mask))
+        ]
         loss = distillation_loss(student, teacher, mask=mask)
-        torch.testing.assert_close(loss, distillation_loss(*rows))
+        torch.testing.assert_close(loss, torch.stack(each).mean())
         loss.backward()
         assert torch.equal(student.grad.abs().sum(1) > 0, mask)
+
+    @pytest.mark.parametrize("valid", ["some in each", "none in some", "all"])
+    def test_one_batch_has_the_mean_loss_of_its_parts(self, valid):
+        """Law 5: a batch of 8 trains like two accumulated batches of 4."""
+        student, teacher = self.logits(8, 5, 3, 4)
+        mask = (
+            torch.rand(8, 3, 4, generator=torch.Generator().manual_seed(4)) < torch.linspace(0.2, 1, 8)[:, None, None]
+        )
+        mask[:, 0, 0] = True
+        if valid == "none in some":
+            mask[[1, 2, 6]] = False
+        mask = None if valid == "all" else mask
+        whole = distillation_loss(student, teacher, mask=mask)
+        halves = [
+            distillation_loss(student[part], teacher[part], mask=None if mask is None else mask[part])
+            for part in (slice(4), slice(4, 8))
+        ]
+        torch.testing.assert_close(whole, torch.stack(halves).mean())
+        each = distillation_loss(student, teacher, reduction="none", mask=mask)
+        torch.testing.assert_close(whole, each.mean())
 
     def test_no_valid_position_gives_zero(self):
         student, teacher = self.logits(2, 5, 3, 4)
@@ -236,3 +263,13 @@ class TestBoxLoss:
         for reduction in ("mean", "none"):
             assert box_loss(ours, theirs, logits, reduction).item() == pytest.approx(1.0)
         assert box_loss(theirs, theirs, logits) == 0
+
+    def test_one_batch_has_the_mean_loss_of_its_parts(self):
+        generator = torch.Generator().manual_seed(3)
+        ours, theirs = (torch.rand(8, 5, 4, generator=generator) for _ in range(2))
+        logits = 4 * torch.randn(8, 5, 3, generator=generator)
+        logits[::2, :, -1] += 5  # images with few objects, between others
+        whole = box_loss(ours, theirs, logits)
+        halves = [box_loss(ours[part], theirs[part], logits[part]) for part in (slice(4), slice(4, 8))]
+        torch.testing.assert_close(whole, torch.stack(halves).mean())
+        torch.testing.assert_close(whole, box_loss(ours, theirs, logits, "none").mean())

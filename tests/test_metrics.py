@@ -98,3 +98,12 @@ class TestTeacherDivergence:
     def test_different_numbers_of_classes_are_refused(self):
         with pytest.raises(InputError, match="^The student has 3 classes but the teacher has 2"):
             TeacherDivergence().compute(predictions=LOGITS, references=[row[:2] for row in LOGITS])
+
+
+@pytest.mark.parametrize(
+    ("metric", "references"),
+    [(TopKAccuracy, [0, 0]), (TeacherAgreement, [[1.0], [2.0]]), (TeacherDivergence, [[1.0]] * 2)],
+)
+def test_one_column_is_refused_whoever_could_only_be_right(metric, references):
+    with pytest.raises(InputError, match=r"shape \(2, 1\) has fewer than two classes"):
+        metric().compute(predictions=[[0.5], [-3.0]], references=references)

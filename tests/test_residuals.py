@@ -167,5 +167,5 @@ def test_a_module_that_was_converted_afterwards_is_found_out(tmp_path):
     trainer = make_trainer(tmp_path, lambda: Net("iadd", "add"), {"residual_bits": 8}, size=16)
     trainer.calibrate()
     trainer.model = trainer.model_wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(trainer.model)
-    with pytest.raises(InputError, match=r"'blocks.0.norm' was converted to SyncBatchNorm after it was quantized"):
+    with pytest.raises(InputError, match=r"'blocks.0.norm' \(now SyncBatchNorm"):
         trainer.train()

@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 import safetensors.torch
+import timm
 import torch
 import transformers
 from torch import nn
@@ -27,7 +28,7 @@ from sqakd_hf import (
 )
 from sqakd_hf import trainer as trainer_module
 from sqakd_hf.record import TrainingRecord
-from tests.conftest import CLASSES, IMAGE_SIZE, TinyConvNet, tiny_vit
+from tests.conftest import CLASSES, IMAGE_SIZE, TinyConvNet, Wrapper, tiny_vit
 
 
 class Images(Dataset):
@@ -267,6 +268,41 @@ class TestOptimizer:
         fixed = {"stem.0.input_quantizer.scale"}  # the range of the images themselves
         assert ranges[0] == {name for name in names.values() if "quantizer" in name} - fixed
         assert set().union(*(group[0] for group in groups)) == set(names.values()) - fixed
+
+    def test_one_that_is_passed_without_ranges_or_weights_is_told_what_it_lacks(self, tmp_path, caplog):
+        def warnings_with(parameters):
+            caplog.clear()
+            student, teacher = models()
+            optimizer = torch.optim.SGD(parameters(student, teacher), lr=0.0)
+            trainer = SQAKDTrainer(
+                student, teacher, arguments(tmp_path, max_steps=1), Images(), optimizers=(optimizer, None)
+            )
+            trainer.train()
+            assert trainer.optimizer.optimizer is optimizer
+            return [record.getMessage() for record in caplog.records if "optimizer that was passed" in record.message]
+
+        of_teacher = warnings_with(lambda student, teacher: teacher.parameters())
+        assert len(of_teacher) == 2
+        assert "lacks 7 of the student's 7 ranges of its quantizers: those stay" in of_teacher[0]
+        assert "lacks 4 of the student's 4 quantized weights: those stay" in of_teacher[1]
+        head = warnings_with(lambda student, teacher: [p for n, p in student.named_parameters() if "head" not in n])
+        assert ["lacks 2 of the student's 7 ranges" in head[0], "lacks 1 of the student's 4" in head[1]] == [True] * 2
+        assert warnings_with(lambda student, teacher: student.parameters()) == []
+
+    def test_its_own_is_whole_in_a_second_training(self, tmp_path, caplog):
+        trainer = make_trainer(tmp_path, max_steps=1)
+        trainer.train()
+        trainer.train()
+        assert "optimizer that was passed" not in caplog.text
+
+    def test_ranges_still_learn_after_one_could_not_be_made(self, tmp_path):
+        student, teacher = models()
+        impossible = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": -1.0})}
+        trainer = SQAKDTrainer(student, teacher, arguments(tmp_path), Images(), **impossible)
+        expected = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+        with pytest.raises(ValueError, match="Invalid learning rate"):
+            trainer.create_optimizer()
+        assert {n for n, p in trainer.model.named_parameters() if p.requires_grad} == expected
 
 
 class TestEvaluation:
@@ -782,9 +818,10 @@ class TestDenseHeads:
         with torch.no_grad():
             p = (teacher(data.pixels) / 4).double().softmax(1)
             q = (student(data.pixels) / 4).double().log_softmax(1)
-        divergence = 16 * (p * (p.log() - q)).sum(1)[data.valid[:, ::2, ::2]]
+        divergence, valid = 16 * (p * (p.log() - q)).sum(1), data.valid[:, ::2, ::2]
+        expected = torch.stack([image[mask].mean() for image, mask in zip(divergence, valid, strict=True)]).mean()
         # The trainer's float32 log-probabilities of about 1.4 resolve 1e-7, times T² = 16.
-        assert loss.item() == pytest.approx(divergence.mean().item(), rel=1e-4, abs=16e-7)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=16e-7)
 
     def test_images_without_a_valid_pixel_count_for_nothing(self, tmp_path):
         student, teacher = models(Segmenter)
@@ -801,6 +838,24 @@ class TestDenseHeads:
         for key in ("eval_loss", "eval_agreement", "eval_accuracy"):
             assert found[key] == pytest.approx(expected[key], rel=1e-4)  # float32 kernels of other batches
 
+    def test_nor_for_the_logged_agreement(self, tmp_path):
+        logs = []
+        for leaves_out in (False, True):
+            student, teacher = models(Segmenter)
+            data = self.Maps()
+            data.valid[:] = True
+            if leaves_out:
+                data.valid[6:] = False
+            else:
+                data = torch.utils.data.Subset(data, range(6))
+            args = arguments(tmp_path, learning_rate=0.0, num_train_epochs=1, logging_steps=10, max_steps=-1)
+            trainer = SQAKDTrainer(student, teacher, args, data)
+            calibrate_model(student, [self.Maps().pixels], disable_progress=True)
+            trainer.train()
+            trainer.log({"loss": 0.0})
+            logs.append(trainer.state.log_history[-1]["agreement"])
+        assert 0 < logs[0] == logs[1] <= 1
+
     def test_a_detector_learns_classes_and_boxes(self, tmp_path):
         student, teacher = models(Detector)
         trainer = SQAKDTrainer(student, teacher, arguments(tmp_path, num_train_epochs=20), Images(), Images())
@@ -810,7 +865,8 @@ class TestDenseHeads:
         with torch.no_grad():
             ours, theirs = student(batch["pixel_values"]), teacher(batch["pixel_values"])
         is_object = 1 - theirs["logits"].softmax(-1)[..., 3]
-        boxes = ((ours["pred_boxes"] - theirs["pred_boxes"]).abs().sum(-1) * is_object).sum() / is_object.sum()
+        distance = (ours["pred_boxes"] - theirs["pred_boxes"]).abs().sum(-1)
+        boxes = ((distance * is_object).sum(1) / is_object.sum(1)).mean()
         classes = distillation_loss(ours["logits"], theirs["logits"])
         assert trainer.compute_loss(student, batch).item() == pytest.approx((boxes + classes).item(), rel=1e-5)
         before = trainer.evaluate()["eval_loss"]
@@ -843,6 +899,144 @@ class TestTeachers:
         other.num_classes = 7
         with pytest.raises(InputError, match="The student has 4 classes but the teacher has 7"):
             SQAKDTrainer(student, [teacher, other], arguments(tmp_path))
+
+    def test_only_one_that_the_student_was_copied_from_answers_for_queries(self, tmp_path):
+        student, teacher = models(Detector)
+        images = Images()
+        for teachers in ([teacher, copy.deepcopy(teacher)], OtherDetector(), WiderDetector()):
+            trainer = SQAKDTrainer(student, teachers, arguments(tmp_path), images, images)
+            trainer.calibrate()
+            before = copy.deepcopy(student.state_dict())
+            for act in (trainer.train, trainer.evaluate, lambda trainer=trainer: trainer.predict(images)):
+                with pytest.raises(InputError, match="answers by queries .* one teacher that it was copied from"):
+                    act()
+            assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+        wrapped = SQAKDTrainer(Wrapper(student), teacher, arguments(tmp_path), images, images)
+        wrapped.train()
+
+    def test_pixels_may_have_several_of_other_architectures(self, tmp_path):
+        student, teacher = models(Segmenter)
+        other = nn.Conv2d(3, 4, 3, 2, 1)
+        SQAKDTrainer(student, [teacher, other], arguments(tmp_path, max_steps=1), Images()).train()
+
+
+class OtherDetector(Detector):
+    """The same layers by another class."""
+
+
+class WiderDetector(Detector):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 9, 4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 40))
+
+
+class OneLogit(TinyConvNet):
+    """Its number of classes is not stated: it shows when it runs."""
+
+    num_classes = None
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, 1)
+
+
+class TwoLogits(OneLogit):
+    def forward(self, x):
+        logit = super().forward(x)
+        return torch.cat([logit, -logit], 1)
+
+
+class TestNoDistribution:
+    """What could not disagree is refused: as early as it is known, and before the student has learned."""
+
+    def test_a_config_that_tells_is_read_at_once(self, tmp_path):
+        def multi_label():
+            model = tiny_vit()
+            model.config.problem_type = "multi_label_classification"
+            return model
+
+        def features():
+            return timm.create_model("test_resnet", num_classes=0)
+
+        for build, found in ((multi_label, "problem_type='multi_label"), (features, "no classifier")):
+            student, teacher = models(build)
+            with pytest.raises(InputError, match=f"{found}.*Distillation compares class distributions"):
+                SQAKDTrainer(student, teacher, arguments(tmp_path))
+
+    def test_also_that_of_a_teacher_alone(self, tmp_path):
+        student, teacher = models()
+        features = timm.create_model("test_resnet", num_classes=0)
+        for teachers in (features, [teacher, features]):
+            with pytest.raises(InputError, match="ResNet has no classifier"):
+                SQAKDTrainer(student, teachers, arguments(tmp_path))
+
+    @pytest.mark.parametrize("whose", ["both", "the teacher's"])
+    @pytest.mark.parametrize("way", ["train", "evaluate", "predict", "cache"])
+    def test_what_shows_at_the_first_prediction(self, tmp_path, whose, way):
+        student, teacher = models(OneLogit if whose == "both" else TwoLogits)
+        teacher = OneLogit()
+        options = {"cache_teacher_logits": str(tmp_path / "logits")} if way == "cache" else {}
+        data = Images()
+        data.fingerprint = "noise"
+        trainer = SQAKDTrainer(student, teacher, arguments(tmp_path, **options), data, data)
+        trainer.calibrate()
+        before = copy.deepcopy(dict(student.named_parameters()))
+        act = {"evaluate": trainer.evaluate, "predict": lambda: trainer.predict(data)}.get(way, trainer.train)
+        with pytest.raises(InputError, match="fewer than two classes.*Distillation compares class distributions"):
+            act()
+        assert trainer.results == {} and trainer.state.global_step == 0
+        assert all(torch.equal(value, before[name]) for name, value in student.named_parameters())
+        assert not list(tmp_path.glob("logits/*"))
+
+    def test_heads_that_a_model_has_only_while_it_trains(self, tmp_path):
+        def distilled():
+            model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=16, num_classes=4, depth=1)
+            model.set_distilled_training(True)
+            return model
+
+        student, teacher = models(distilled)
+        trainer = SQAKDTrainer(student, teacher, arguments(tmp_path), Images(), Images())
+        trainer.calibrate()
+        trainer.evaluate()
+        with pytest.raises(InputError, match=r"has several heads: 0 \(8, 4\), 1 \(8, 4\)"):
+            trainer.train()
+        assert trainer.state.global_step == 0
+
+
+class TestChangedStudents:
+    """Layers that were replaced after they were quantized."""
+
+    def trainer(self, folder, **options):
+        trainer = make_trainer(folder, **options)
+        trainer.calibrate()
+        return trainer
+
+    def test_are_noticed_wherever_the_student_is_used(self, tmp_path):
+        trainer = self.trainer(tmp_path)
+        trainer.model.head = nn.Linear(16, CLASSES)
+        acts = trainer.train, trainer.evaluate, trainer.calibrate, trainer.save_model
+        for act in (*acts, lambda: trainer.predict(trainer.eval_dataset)):
+            with pytest.raises(InputError, match=r"1 of .*'head' \(now Linear, not quantized as planned\)"):
+                act()
+        with pytest.raises(InputError, match="'head'"):
+            SQAKDTrainer(trainer.model, trainer.teacher.models[0], trainer.args)
+
+    def test_a_student_without_any_quantized_layer_left_is_told_why(self, tmp_path):
+        student, teacher = models()
+        for name in ("stem.0", "body.0", "body.3", "head"):
+            parent, _, child = name.rpartition(".")
+            setattr(student.get_submodule(parent), child, nn.Identity())
+        with pytest.raises(InputError, match="^4 of the student's quantized layers"):
+            SQAKDTrainer(student, teacher, arguments(tmp_path))
+
+    def test_bits_changed_by_hand_are_and_those_of_a_stage_are_not(self, tmp_path):
+        trainer = self.trainer(tmp_path, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
+        trainer.args.progressive_bits = [8]
+        trainer.train()
+        trainer.model.body[0].input_quantizer.bits = 7
+        for act in (trainer.train, trainer.evaluate):
+            with pytest.raises(InputError, match=r"'body.0' \(7 bits instead of "):
+                act()
 
 
 class TestActivationMemory:

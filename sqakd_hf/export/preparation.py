@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..convert import calibrate_model, is_calibrated, quantized_layers
+from ..convert import calibrate_model, is_calibrated, quantized_layers, require_planned_layers
 from ..errors import InputError, first_line
 from ..modeling import Preprocessing, load_teacher, preprocessing
 from ..trace import example_images, image_channels
@@ -18,6 +18,7 @@ EXAMPLES = 8
 def require_student(model: nn.Module | str) -> nn.Module:
     """Return the student, loaded if it is named; anything else is an `InputError`."""
     student = load_teacher(model) if isinstance(model, str) else model
+    require_planned_layers(student)
     if not quantized_layers(student) or not hasattr(student, "quantization_plan"):
         raise InputError("The model is no student of quantize_model. Quantize it with that, calibrate or train it.")
     return student

@@ -60,9 +60,11 @@ def trace(
                 verbose=False,
             )
         except Exception as error:
+            cause = error.__cause__ or error
+            if isinstance(cause, InputError):  # it says itself what to do
+                raise cause from None
             raise InputError(
-                f"{kind} can't be exported at {tuple(example.shape[2:])} pixels: "
-                f"{first_line(error.__cause__ or error)}"
+                f"{kind} can't be exported at {tuple(example.shape[2:])} pixels: {first_line(cause)}"
             ) from error
     graph = program.model.graph
     shape = graph.inputs[0].shape

@@ -100,6 +100,16 @@ class TestEvaluate:
         assert results[0]["accuracy"] == pytest.approx(results[1]["accuracy"], abs=2 / 60)
         assert "accuracy: " in printed(capsys, "evaluate", tmp_path / "s.onnx", "--max_images", 60)
 
+    def test_a_student_of_several_labels_has_no_accuracy_to_report(self, tmp_path, capsys):
+        model = tiny_vit()
+        model.config.problem_type = "multi_label_classification"
+        quantize_model(model)
+        calibrate_model(model, [torch.randn(4, 3, 16, 16)], disable_progress=True)
+        model.save_pretrained(tmp_path)
+        with pytest.raises(SystemExit, match="error: .*problem_type='multi_label_classification'"):
+            main(["evaluate", str(tmp_path), "--max_images", "4"])
+        assert "accuracy" not in capsys.readouterr().out
+
 
 class TestExport:
     def test_prints_json(self, distilled, capsys, tmp_path):

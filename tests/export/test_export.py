@@ -20,8 +20,10 @@ from sqakd_hf import (
     QuantizationConfig,
     build_model,
     calibrate_model,
+    deploy_report,
     export_onnx,
     list_quantizers,
+    measure_latency,
     quantize_model,
     quantized_layers,
     verify_export,
@@ -596,6 +598,21 @@ class TestErrors:
         student = student_of(tiny_vit())
         with pytest.raises(InputError, match=message):
             change(student, tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_layers_that_were_replaced_and_outputs_that_are_no_classes(self, tmp_path):
+        student = student_of(TinyConvNet())
+        student.body[3] = nn.Conv2d(8, 16, 3, stride=2)
+        for act in (lambda: export_onnx(student, tmp_path / "a.onnx"), lambda: deploy_report(student)):
+            with pytest.raises(InputError, match=r"1 of .*'body.3' \(now Conv2d, not quantized as planned\)"):
+                act()
+        with pytest.raises(InputError, match="'body.3'"):
+            measure_latency(student)
+
+        one = TinyConvNet()
+        one.head = nn.Linear(16, 1)
+        with pytest.raises(InputError, match=r"^An output of the shape \(.*, 1\) has fewer than two classes"):
+            export_onnx(student_of(one), tmp_path / "a.onnx", images=noise())
         assert list(tmp_path.iterdir()) == []
 
     def test_no_ranges(self, tmp_path):
