@@ -43,6 +43,7 @@ from .functional import widest_float
 from .html_report import html_report
 from .hub import hub_id
 from .interception import InterceptedModule
+from .interrupt import InterruptCallback
 from .layer_error import layer_sqnr
 from .losses import box_loss, check_same_classes, distillation_loss, masked_mean
 from .modeling import load_teacher, num_classes, processor_of
@@ -266,6 +267,9 @@ class SQAKDTrainer(Trainer):
                 self.calibrate()  # stopped before its last stage
         finally:
             self.is_in_train = False
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, InterruptCallback):
+                    callback.close()  # an error comes without on_train_end
             if self._progressive is not None and self._progressive.leave():
                 for quantizer in quantizers(self.model):
                     quantizer.reset()  # ranges of another width are none
@@ -665,9 +669,11 @@ class SQAKDTrainer(Trainer):
         ranges = self._ranges(self.model if model is None else model)
         for parameter in ranges:
             parameter.requires_grad_(False)
-        super().create_optimizer(*(() if model is None else (model,)))
-        for parameter in ranges:
-            parameter.requires_grad_(True)
+        try:
+            super().create_optimizer(*(() if model is None else (model,)))
+        finally:
+            for parameter in ranges:
+                parameter.requires_grad_(True)
         if ranges:
             # Last: Trainer logs the learning rate of the first group.
             self.optimizer.add_param_group(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -10,14 +11,18 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from sqakd_hf import QuantizationConfig, quantize_model
+from sqakd_hf.checkpoint import last_checkpoint
 from tests.conftest import IMAGE_SIZE, TinyConvNet, tiny_vit
+
+
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 
 def launch(script, folder, processes, **options):
     folder.mkdir()
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    launcher = [*LAUNCHER, str(processes)] if processes > 1 else [sys.executable]
     return subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), "-m", script, str(folder), json.dumps(options)],
+        [*launcher, "-m", script, str(folder), json.dumps(options)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -79,6 +84,38 @@ def test_two_processes_that_resume_equal_two_that_went_on(tmp_path):
     for name, tensor in whole["state"].items():
         torch.testing.assert_close(resumed["state"][name], tensor, rtol=1e-6, atol=1e-6, msg=name)
     assert resumed["losses"][3:] == pytest.approx(whole["losses"][3:], rel=1e-5)
+
+
+class TestInterrupt:
+    options = {"model": "vit", "batch": 4, "accumulation": 1}
+
+    @pytest.mark.parametrize("step", [3, 5])
+    def test_one_process_that_is_interrupted_stops_all_after_the_same_step(self, tmp_path, step):
+        left = run(tmp_path / "run", 2, steps=6, interrupt=step, **self.options)
+        # Of the last step nobody could be stopped any more, and still all say the same of it.
+        assert [(each["step"], each["interrupted"]) for each in left] == [(min(step + 2, 6), True)] * 2
+        assert_same_bits(left[0]["state"], left[1]["state"])
+        checkpoints = [path.name for path in (tmp_path / "run").glob("checkpoint-*")]
+        assert checkpoints == (["checkpoint-5"] if step == 3 else [])
+
+    def test_ctrl_c_in_the_terminal_that_started_all_processes(self, tmp_path):
+        folder = tmp_path / "run"
+        folder.mkdir()
+        options = json.dumps({"steps": 10_000, "interrupt": -1, **self.options})
+        with subprocess.Popen(
+            [*LAUNCHER, "2", "-m", "tests.distributed_run", str(folder), options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        ) as process:
+            next(line for line in process.stdout if line.startswith("step 3 "))
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
+        left = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+        (step,) = {each["step"] for each in left}
+        assert all(each["interrupted"] for each in left) and 3 < step < 100
+        assert last_checkpoint(str(folder)) == str(folder / f"checkpoint-{step}")
 
 
 def test_batch_statistics_and_augmented_calibration_are_those_of_the_first_process(tmp_path):

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import json
 import random
@@ -17,6 +18,7 @@ from transformers.trainer_utils import HPSearchBackend
 
 from sqakd_hf import (
     FakeQuantizer,
+    ImageCollator,
     InputError,
     InterruptCallback,
     QuantizationConfig,
@@ -29,6 +31,8 @@ from sqakd_hf import (
     quantize_model,
 )
 from sqakd_hf import trainer as trainer_module
+from sqakd_hf.non_finite import NonFiniteError
+from sqakd_hf.outputs import Prediction, predict
 from sqakd_hf.record import TrainingRecord
 from tests.conftest import CLASSES, IMAGE_SIZE, TinyConvNet, tiny_vit
 
@@ -538,6 +542,17 @@ class TestModelInit:
         assert best.objective == alone.evaluate()["eval_loss"]
 
 
+class Fail(TrainerCallback):
+    """Raises in a step."""
+
+    def __init__(self, error, at=2):
+        self.error, self.at = error, at
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.at:
+            raise self.error
+
+
 class TestInterrupt:
     @pytest.fixture(autouse=True)
     def _interrupts_nobody_else(self):
@@ -565,6 +580,53 @@ class TestInterrupt:
         whole = make_trainer(tmp_path / "whole")
         whole.train()
         assert_same_state(second.model, whole.model)
+
+    @pytest.mark.parametrize("error", [NonFiniteError, KeyboardInterrupt])
+    def test_an_error_in_training_gives_ctrl_c_back(self, tmp_path, error):
+        handler = signal.getsignal(signal.SIGINT)
+        trainer = make_trainer(tmp_path, callbacks=[InterruptCallback(), Fail(error)])
+        with pytest.raises(error):
+            trainer.train()
+        assert signal.getsignal(signal.SIGINT) is handler
+        interrupt, teacher = InterruptCallback(), tiny_vit()
+        other = transformers.Trainer(
+            teacher,
+            transformers.TrainingArguments(tmp_path, report_to="none", use_cpu=True, remove_unused_columns=False),
+            train_dataset=Images(labelled=True),
+            data_collator=ImageCollator(),
+            callbacks=[interrupt, Fail(error)],
+        )
+        with pytest.raises(error), contextlib.closing(interrupt):
+            other.train()
+        assert signal.getsignal(signal.SIGINT) is handler
+
+
+class TestAfterAnError:
+    def test_the_next_training_logs_nothing_of_the_one_that_failed(self, tmp_path):
+        fail = Fail(NonFiniteError, at=3)
+        trainer = make_trainer(tmp_path, callbacks=[fail], logging_steps=2, max_steps=4)
+        trainer.teacher_prediction = lambda inputs: Prediction(-predict(trainer.model, inputs).logits)
+        with pytest.raises(NonFiniteError):
+            trainer.train()
+        trainer.pop_callback(fail)
+        trainer.teacher_prediction = lambda inputs: predict(trainer.model, inputs)
+        trainer.train()
+        assert [log["agreement"] for log in trainer.state.log_history if "agreement" in log] == [1.0, 1.0]
+
+    def test_it_evaluates_as_if_no_training_went_on(self, tmp_path):
+        trainer = make_trainer(tmp_path, callbacks=[Fail(NonFiniteError)])
+        with pytest.raises(NonFiniteError):
+            trainer.train()
+        assert not trainer.is_in_train
+
+    def test_ranges_still_learn_where_no_optimizer_could_be_made(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        trainer.calibrate()
+        learning = [parameter.requires_grad for parameter in trainer.model.parameters()]
+        trainer.optimizer_cls_and_kwargs = torch.optim.SGD, {"lr": -1.0}
+        with pytest.raises(ValueError, match="Invalid learning rate"):
+            trainer.train()
+        assert [parameter.requires_grad for parameter in trainer.model.parameters()] == learning
 
 
 class TestSaving:
