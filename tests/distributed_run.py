@@ -37,6 +37,20 @@ class Images(torch.utils.data.Dataset):
         return {"pixel_values": self.pixels[index], "label": index % 4}
 
 
+def fail_at_third_call(how: str):
+    """A hook of the teacher that ends its process, or its work, as it computes."""
+    calls = []
+
+    def hook(*_):
+        calls.append(how)
+        if len(calls) == 3 and how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if len(calls) == 3 and how == "fails":
+            raise OSError("cannot identify image file a.png")
+
+    return hook
+
+
 class CtrlC(TrainerCallback):
     """Ctrl-C in the second process at a step; steps of the processes take times of their own."""
 
@@ -80,14 +94,18 @@ def main() -> None:
         disable_tqdm=True,
         use_cpu=True,
         seed=7,
+        cache_teacher_logits=options.get("cache"),
     )
     images = Images(160, augmented=options.get("augmented", False))
+    images.fingerprint = f"noise of process {RANK}" if options.get("teacher") == "other images" else "noise"
     interrupt = InterruptCallback()
     callbacks = [interrupt, CtrlC(options["interrupt"])] if "interrupt" in options else None
     trainer = SQAKDTrainer(student, teacher, args, train_dataset=images, eval_dataset=Images(17), callbacks=callbacks)
     if "resume" not in options:
         trainer.calibrate()
         trainer.evaluate()  # accelerate prepares the model for that, and must prepare it again for training
+    if RANK == 0 and "teacher" in options:
+        teacher.register_forward_pre_hook(fail_at_third_call(options["teacher"]))
     left = {"calibrated": {name: value.clone() for name, value in student.state_dict().items()}}
     trainer.train(options.get("resume"))
     left["step"], left["interrupted"] = trainer.state.global_step, interrupt.interrupted

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 
@@ -116,6 +118,57 @@ class TestInterrupt:
         (step,) = {each["step"] for each in left}
         assert all(each["interrupted"] for each in left) and 3 < step < 100
         assert last_checkpoint(str(folder)) == str(folder / f"checkpoint-{step}")
+
+
+class TestCachedLogits:
+    options = {"model": "vit", "batch": 4, "accumulation": 1, "steps": 4}
+
+    def run_alone(self, folder, **options):
+        """Start two processes without a launcher that would end one with the other; return what they say."""
+        folder.mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "tests.distributed_run", str(folder), json.dumps(options)]
+        processes = [
+            subprocess.Popen(
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(2)
+        ]
+        try:
+            return [process.communicate(timeout=120)[1] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+
+    def test_one_process_computes_and_both_train_as_without(self, tmp_path):
+        cached = run(tmp_path / "cached", 2, cache=str(tmp_path / "logits"), **self.options)
+        plain = run(tmp_path / "plain", 2, **self.options)
+        assert [len(each["losses"]) for each in cached] == [4, 4]
+        assert cached[0]["losses"] == pytest.approx(plain[0]["losses"], rel=1e-5)
+        assert len(list((tmp_path / "logits").iterdir())) == 1
+
+    @pytest.mark.parametrize(
+        ("teacher", "message"),
+        [
+            ("fails", r"InputError: .* failed in process 0: cannot identify image file a\.png\."),
+            ("killed", "RuntimeError: cache_teacher_logits: another process ended before"),
+            ("other images", "InputError: .* the dataset's fingerprint differs: 'noise of process 0', '.* 1'"),
+        ],
+    )
+    def test_what_goes_wrong_in_one_process_ends_both(self, tmp_path, teacher, message):
+        first, second = self.run_alone(
+            tmp_path / "run", cache=str(tmp_path / "logits"), teacher=teacher, **self.options
+        )
+        assert re.search(message, second), second[-3000:]
+        expected = {"fails": "OSError: cannot identify", "killed": "", "other images": message}[teacher]
+        assert re.search(expected, first), first[-3000:]
 
 
 def test_batch_statistics_and_augmented_calibration_are_those_of_the_first_process(tmp_path):
