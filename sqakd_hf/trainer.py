@@ -9,13 +9,14 @@ import math
 import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from itertools import count, islice
 from typing import Any, NoReturn
 
 import safetensors.torch
 import torch
 from accelerate.utils import DynamoBackend
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, HfApi
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -38,7 +39,7 @@ from .convert import (
     reestimate_batch_norm,
 )
 from .delta import estimate_delta
-from .errors import InputError
+from .errors import InputError, reason
 from .functional import widest_float
 from .html_report import html_report
 from .hub import hub_id
@@ -73,6 +74,7 @@ logger = logging.getLogger(__name__)
 
 ARGUMENTS_FILE = "training_args.json"
 DELTAS_FILE = "deltas.json"  # of a checkpoint whose quantizers had theirs estimated
+NOT_UPLOADED = ["_*", "checkpoint-*"]
 FREEZER_FILE = "oscillations.safetensors"  # of a checkpoint of a training that freezes weights
 # What a reader of the card wants to know; all arguments are in ARGUMENTS_FILE.
 CARD_ARGUMENTS = (
@@ -173,6 +175,7 @@ class SQAKDTrainer(Trainer):
         self.add_callback(_AfterOptimizerStep(self._freeze_oscillating))
         self._evaluated: dict[str, _RunningMean] = {}
         self._format = "packed"
+        self._hub = HfApi()  # one: it uploads in the background one after the other
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -818,14 +821,45 @@ class SQAKDTrainer(Trainer):
 
     # --- the Hub ---
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future[CommitInfo] | None:
         """Upload the packed student, its image processor and its card, as [`~transformers.Trainer.push_to_hub`] does.
 
         Raises:
             `UploadError`: The Hub refused, or the connection broke; the files stay in `args.output_dir`.
         """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = self.args.hub_token if token is None else token
+        if self.hub_model_id is None:
+            with upload_errors(self.args.hub_model_id or self.args.output_dir, "Nothing was changed on this side"):
+                self.init_hf_repo(token=token, **({} if private is None else {"private": private}))
+        self._finish_current_push()  # which reads the files that are written now
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        tags = [*_listed(kwargs.pop("tags", None)), *_listed(getattr(self.model, "model_tags", None))]
+        kwargs.setdefault("model_name", self.hub_model_id.split("/")[-1])
+        self.create_model_card(tags=list(dict.fromkeys(tags)), **kwargs)
         with upload_errors(self.hub_model_id, f"All files are in {self.args.output_dir!r}"):
-            return super().push_to_hub(*args, **kwargs)
+            upload = self._hub.upload_folder(
+                repo_id=self.hub_model_id,
+                folder_path=self.args.output_dir,
+                commit_message=commit_message,
+                token=token,
+                run_as_future=not blocking,
+                ignore_patterns=NOT_UPLOADED,
+                revision=self.args.hub_revision if revision is None else revision,
+            )
+        if not blocking:
+            self.push_in_progress = PushInProgress([upload])
+        return upload
 
     def create_model_card(
         self,
@@ -897,9 +931,10 @@ class SQAKDTrainer(Trainer):
         gathered = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None  # by all processes
         if not self.is_world_process_zero():
             return
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if busy and not self.args.hub_always_push:
-            return
+        if self.push_in_progress is not None and not self.push_in_progress.is_done():
+            if not self.args.hub_always_push:
+                return
+            self._finish_current_push()  # it reads the files that are written now
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._format = "packed"
         self._save(self.args.output_dir, gathered)
@@ -908,23 +943,27 @@ class SQAKDTrainer(Trainer):
         progress = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch)}"
         message = f"Training in progress, {progress}"
         upload = functools.partial(
-            HfApi().upload_folder,
+            self._hub.upload_folder,
             repo_id=self.hub_model_id,
             token=self.args.hub_token,
             run_as_future=True,
             revision=self.args.hub_revision,
         )
-        ignored = ["_*", "checkpoint-*"]
-        jobs = [upload(folder_path=self.args.output_dir, commit_message=message, ignore_patterns=ignored)]
+        jobs = [upload(folder_path=self.args.output_dir, commit_message=message, ignore_patterns=NOT_UPLOADED)]
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             inside = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else os.path.basename(checkpoint_folder)
             jobs.append(
                 upload(folder_path=checkpoint_folder, path_in_repo=inside, commit_message=f"{message}, checkpoint")
             )
-        if busy:
-            self.push_in_progress.jobs.extend(jobs)
-        else:
-            self.push_in_progress = PushInProgress(jobs)
+        for job in jobs:
+            job.add_done_callback(_warn_of_failure)
+        self.push_in_progress = PushInProgress(jobs)
+
+
+def _warn_of_failure(upload: Future) -> None:
+    """Say it when an upload in the background failed: nobody asks for its result."""
+    if not upload.cancelled() and (error := upload.exception()) is not None:
+        logger.warning("An upload while training did not complete: %s. Training goes on.", reason(error))
 
 
 def _quantizer_names(model: nn.Module) -> list[str]:
