@@ -58,21 +58,26 @@ def push_to_hub(
             processor.save_pretrained(folder)
         with open(os.path.join(folder, REPORT), "w", encoding="utf-8") as file:
             file.write(html_report(model, repo_id))
-        with upload_errors(repo_id, "Nothing was changed on this side"):
+        local = "Nothing was changed on this side"
+        with upload_errors(repo_id, local):
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             try:
                 written = ModelCard.load(repo_id, token=token)
-                written.data.tags = list(dict.fromkeys([*(written.data.tags or ()), *tags])) or None
             except EntryNotFoundError:
-                written = model_card(
-                    model,
-                    repo_id,
-                    tags=tags,
-                    stored_bytes=weight_bytes(folder),
-                    report=REPORT,
-                    **{"base_model": model.hf_quantizer.base_model, **card},
-                )
-            written.save(os.path.join(folder, "README.md"))
+                written = None
+        if written is None:
+            written = model_card(
+                model,
+                repo_id,
+                tags=tags,
+                stored_bytes=weight_bytes(folder),
+                report=REPORT,
+                **{"base_model": model.hf_quantizer.base_model, **card},
+            )
+        else:
+            written.data.tags = list(dict.fromkeys([*(written.data.tags or ()), *tags])) or None
+        written.save(os.path.join(folder, "README.md"))
+        with upload_errors(repo_id, local):
             if revision is not None and not create_pr:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             return api.upload_folder(

@@ -4,23 +4,26 @@ import contextlib
 import hashlib
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import distributed
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from .collator import LOGITS, columns
-from .errors import InputError, reason
+from .errors import InputError, quote, reason
 from .packing import checksum
 from .repeatable import fetch, own_random_numbers
 
 
 # As many images are drawn twice to find out whether they are the same both times.
 _CHECKED = 16
+
+Result = TypeVar("Result")
 
 
 class TeacherLogits(Dataset):
@@ -79,30 +82,29 @@ def cache_teacher_logits(
         collate (`Callable`): Makes a batch of a list of items.
         batch_size, num_workers (`int`, *optional*): How images are loaded for `predict`.
         computes (`bool`, *optional*, defaults to `True`): Whether this process makes the file where it is missing,
-            or waits until another has. It waits by looking, for as long as it takes: no collective times out.
+            or waits until another has, for as long as it takes. Of the processes of `torch.distributed` all call
+            this function.
         disable_progress (`bool`, *optional*, defaults to `False`): Show no progress bar.
 
     Raises:
         `InputError`: A stream, a dataset that can't be recognised, images that are augmented at random (as far as
             drawing the first 16 twice shows it), logits of several shapes or of other images than were asked for, or
-            a folder that can't be written to. The file appears when it is complete; a process that is killed leaves
-            a `.tmp` file at most.
+            a folder that can't be written to; in each of several processes, what differs between them or went wrong
+            in one. The file appears when it is complete; a process that is killed leaves a `.tmp` file at most.
     """
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
-        raise InputError("cache_teacher_logits needs images with an index, not a stream. Leave it out for streams.")
-    fingerprint = getattr(dataset, "fingerprint", None) or getattr(dataset, "_fingerprint", None)
-    if not isinstance(fingerprint, str):
-        raise InputError(
-            f"cache_teacher_logits can't recognise a {type(dataset).__name__} when it meets it again. Use a "
-            "datasets.Dataset, or give it an attribute `fingerprint` (a string that changes with the images)."
-        )
-    # The first images as they are collated tell apart collators that normalise in another way.
-    parts = fingerprint, len(dataset), identity, checksum(_first_images(dataset, collate))
-    key = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:32]
+    (own, *_) = parts = _in_all_processes(lambda: _identify(dataset, identity, collate))
+    for part in own:
+        if len(found := {each[part] for each in parts}) > 1:
+            raise InputError(
+                f"cache_teacher_logits needs the same images and teacher in all processes, but {part} differs: "
+                f"{quote(sorted(found))}. Give every process the same dataset, teacher and collator."
+            )
+    key = hashlib.sha256(" ".join(own.values()).encode()).hexdigest()[:32]
     path = os.path.join(folder, f"teacher-logits-{key}.npy")
-    while not computes and not os.path.exists(path):
-        time.sleep(0.2)
-    if not os.path.exists(path):
+
+    def make() -> None:
+        if not computes or os.path.exists(path):
+            return
         loader = DataLoader(
             dataset,
             batch_size,
@@ -112,7 +114,63 @@ def cache_teacher_logits(
         )
         batches = tqdm(loader, "Teacher's logits", unit="batch", disable=disable_progress, leave=False)
         _write(path, len(dataset), batch_size, (predict(batch) for batch in batches))
+
+    _in_all_processes(make, timeout=timedelta(days=365))
     return TeacherLogits(dataset, path)
+
+
+def _identify(
+    dataset: Dataset, identity: str, collate: Callable[[list[Any]], Mapping[str, torch.Tensor]]
+) -> dict[str, str]:
+    """Return what the logits depend on, or raise `InputError` where that can't be told."""
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        raise InputError("cache_teacher_logits needs images with an index, not a stream. Leave it out for streams.")
+    fingerprint = getattr(dataset, "fingerprint", None) or getattr(dataset, "_fingerprint", None)
+    if not isinstance(fingerprint, str):
+        raise InputError(
+            f"cache_teacher_logits can't recognise a {type(dataset).__name__} when it meets it again. Use a "
+            "datasets.Dataset, or give it an attribute `fingerprint` (a string that changes with the images)."
+        )
+    return {
+        "the dataset's fingerprint": fingerprint,
+        "its length": str(len(dataset)),
+        "the teacher": identity,
+        # As they are collated they tell apart collators that normalise in another way.
+        "the checksum of its first images": str(checksum(_first_images(dataset, collate))),
+    }
+
+
+def _in_all_processes(work: Callable[[], Result], timeout: timedelta | None = None) -> list[Result]:
+    """Return what `work` gives in this process and in each of the others; none goes on where it fails in one.
+
+    They wait for each other by connections of their own, which break when a process dies.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [work()]
+    group = distributed.new_group(backend="gloo", timeout=timeout)
+    try:
+        result = error = None
+        try:
+            result = work()
+        except BaseException as caught:  # the others learn of it first
+            error = caught
+        outcomes = [None] * distributed.get_world_size(group)
+        try:
+            distributed.all_gather_object(outcomes, (result, None if error is None else reason(error)), group)
+        except RuntimeError as broken:
+            if error is None:
+                raise RuntimeError(
+                    "cache_teacher_logits: another process ended before the teacher's logits were complete. Its own "
+                    "message, if it left one, says why."
+                ) from broken
+    finally:
+        distributed.destroy_process_group(group)
+    if error is not None:
+        raise error
+    for rank, (_, failure) in enumerate(outcomes):
+        if failure is not None:
+            raise InputError(f"cache_teacher_logits failed in process {rank}: {failure}.")
+    return [result, *(outcome for outcome, _ in outcomes)]
 
 
 def _write(path: str, count: int, batch_size: int, batches: Iterator[torch.Tensor]) -> None:

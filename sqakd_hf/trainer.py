@@ -6,21 +6,23 @@ import functools
 import json
 import logging
 import math
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from itertools import count, islice
 from typing import Any, NoReturn
 
 import safetensors.torch
 import torch
 from accelerate.utils import DynamoBackend
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, HfApi
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy, has_length
+from transformers.trainer_utils import BestRun, EvalLoopOutput, HubStrategy, SaveStrategy, has_length
 from transformers.utils import PushInProgress
 
 from .accumulation import SharedWeights
@@ -39,10 +41,11 @@ from .convert import (
     require_planned_layers,
 )
 from .delta import estimate_delta
-from .errors import InputError
+from .errors import InputError, reason
 from .functional import widest_float
 from .html_report import html_report
 from .hub import hub_id
+from .interrupt import InterruptCallback
 from .last_batch import check_last_batch
 from .layer_error import layer_sqnr
 from .losses import box_loss, check_same_classes, distillation_loss, masked_mean
@@ -74,6 +77,7 @@ logger = logging.getLogger(__name__)
 
 ARGUMENTS_FILE = "training_args.json"
 DELTAS_FILE = "deltas.json"  # of a checkpoint whose quantizers had theirs estimated
+NOT_UPLOADED = ["_*", "checkpoint-*"]
 FREEZER_FILE = "oscillations.safetensors"  # of a checkpoint of a training that freezes weights
 # What a reader of the card wants to know; all arguments are in ARGUMENTS_FILE.
 CARD_ARGUMENTS = (
@@ -113,7 +117,7 @@ class SQAKDTrainer(Trainer):
     Args:
         model (`nn.Module`): The student, after [`quantize_model`]; a transformers model, or a timm (or any other)
             module that takes images `(B, C, H, W)` and returns logits `(B, K)`. If it has no ranges yet, `train`
-            calibrates it first.
+            calibrates it first. `None` with `model_init`, which makes one for each training.
         teacher_model (`nn.Module`, `str` or a list of them): The full-precision model, or a name for
             [`load_teacher`]; of any architecture with the same classes. The student learns the mean of the
             distributions of several; a detector has one, which it was copied from. Teachers stay outside the student:
@@ -123,8 +127,8 @@ class SQAKDTrainer(Trainer):
         **kwargs: All else that [`~transformers.Trainer`] takes.
 
     Raises:
-        `InputError`: A student that is not quantized or was changed after that, a teacher that is quantized or the
-            student itself, a different number of classes, a model without class logits.
+        `InputError`: No teacher, a student that is not quantized or was changed after that, a teacher that is
+            quantized or the student itself, a different number of classes, a model without class logits.
 
     `evaluate()` returns `eval_loss` (the divergence), `eval_agreement` (share of images where student and teacher
     name the same class) and, where the dataset has labels, `eval_accuracy`; exact means over the images, whatever
@@ -136,67 +140,70 @@ class SQAKDTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
-        teacher_model: nn.Module | str | Sequence[nn.Module | str],
+        model: nn.Module | None = None,
+        teacher_model: nn.Module | str | Sequence[nn.Module | str] | None = None,
         args: SQAKDTrainingArguments | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
         **kwargs: Any,
     ):
-        self._check_student(model)
+        if teacher_model is None:
+            raise InputError("A student learns from its teacher: pass teacher_model, a full-precision model.")
         given = list(teacher_model) if isinstance(teacher_model, list | tuple) else [teacher_model]
         if not given:
             raise InputError("teacher_model is an empty list. Pass at least one full-precision model.")
-        require_classes(model)
-        teachers = [load_teacher(teacher) if isinstance(teacher, str) else teacher for teacher in given]
-        for teacher in teachers:
-            if teacher is model:
-                raise InputError("Student and teacher are one object. Use copy.deepcopy(model) before quantizing it.")
-            if quantized_layers(teacher):
-                raise InputError("The teacher is quantized. Pass the full-precision model.")
-            require_classes(teacher)
-            classes = num_classes(model), num_classes(teacher)
-            if None not in classes:
-                check_same_classes(*classes)
-        for each in (model, *teachers):
-            _forget_preparation(each)
+        self._teachers = [load_teacher(teacher) if isinstance(teacher, str) else teacher for teacher in given]
         args = SQAKDTrainingArguments() if args is None else args
         if not isinstance(args, SQAKDTrainingArguments):
             raise InputError(f"args must be SQAKDTrainingArguments, got {type(args).__name__}.")
         args.check_devices()
+        self.args = args
+        if model is not None:
+            self._take_student(model)
+        elif kwargs.get("model_init") is None:
+            raise InputError("There is no student: pass model, or model_init, a function that returns one.")
         kwargs.setdefault("data_collator", ImageCollator())
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
-        record_processor(model, self.processing_class)
+        record_processor(self.model, self.processing_class)
+        # transformers before `loss_is_scaled_for_ga` decides by this attribute alone.
+        self.model_accepts_loss_kwargs = False
+        self.teacher = Teacher(
+            self._teachers,
+            args.device,
+            self._teacher_dtype(),
+            args.channels_last,
+            compile_options=self._compile_options(),
+        )
+        self._objective = parse_objective(args.objective)
+        self.add_callback(_AtBegin(self._add_first_candidate, self._begin_epoch))
+        self.add_callback(_AfterOptimizerStep(self._freeze_oscillating))
+        self._evaluated: dict[str, _RunningMean] = {}
+        self._format = "packed"
+        self._hub = HfApi()  # one: it uploads in the background one after the other
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
         fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
         if fsdp is not None and fsdp.fsdp_version == 2:
             # Its own would cast ranges too; autocast, which accelerate applies as well, casts what is multiplied.
             fsdp.mixed_precision_policy = MixedPrecisionPolicy()
-        # transformers before `loss_is_scaled_for_ga` decides by this attribute alone.
-        self.model_accepts_loss_kwargs = False
-        if args.channels_last:
-            model.to(memory_format=torch.channels_last)
-        self.teacher = Teacher(
-            teachers, args.device, self._teacher_dtype(), args.channels_last, compile_options=self._compile_options()
-        )
-        self._objective = parse_objective(args.objective)
-        self._feature_terms: Features | None = None
-        self._frozen_norms: list[nn.Module] = []
-        self._deltas_of_step = 0
-        self.add_callback(_AtBegin(self._add_first_candidate, self._begin_epoch))
-        self._freezer: OscillationFreezer | None = None
-        if args.oscillation_freezing:
-            self.add_callback(_AfterOptimizerStep(lambda progress: self._freezer.step(progress)))
-        self._progressive: ProgressiveBits | None = None
-        self._stage: int | None = None
-        self._agreement = _RunningMean()
-        self._evaluated: dict[str, _RunningMean] = {}
-        self._measurements = Measurements()
-        self.layer_sqnr: dict[str, dict[str, float]] = {}
-        self._calibrated = False
-        self._format = "packed"
 
-    def _check_student(self, model: nn.Module) -> None:
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Return a new student of `model_init`, checked like one that the trainer is given."""
+        model = super().call_model_init(trial)
+        if model is self.model:
+            raise InputError(
+                "model_init returned the student that this trainer has already. Return a new one: "
+                "copy.deepcopy(teacher), then quantize_model."
+            )
+        self._take_student(model)
+        record_processor(model, getattr(self, "processing_class", None))
+        return model
+
+    def _take_student(self, model: nn.Module) -> None:
+        """Refuse a model that can't be this trainer's student; keep nothing of the student before."""
         require_planned_layers(model)
+        require_classes(model)
         if not quantized_layers(model):
             raise InputError(
                 "The student is not quantized. Call quantize_model(model, QuantizationConfig(...)) first."
@@ -206,6 +213,29 @@ class SQAKDTrainer(Trainer):
                 "The student has quantized layers that quantize_model did not put there, and could not be saved. "
                 "Use quantize_model, with overrides for single layers."
             )
+        for teacher in self._teachers:
+            if teacher is model:
+                raise InputError("Student and teacher are one object. Use copy.deepcopy(model) before quantizing it.")
+            if quantized_layers(teacher):
+                raise InputError("The teacher is quantized. Pass the full-precision model.")
+            require_classes(teacher)
+            classes = num_classes(model), num_classes(teacher)
+            if None not in classes:
+                check_same_classes(*classes)
+        for each in (model, *self._teachers):
+            _forget_preparation(each)
+        if self.args.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self._measurements = Measurements()
+        self._frozen_norms: list[nn.Module] = []
+        self.layer_sqnr: dict[str, dict[str, float]] = {}
+        self._calibrated = False
+        self._agreement = _RunningMean()
+        self._feature_terms: Features | None = None
+        self._freezer: OscillationFreezer | None = None
+        self._progressive: ProgressiveBits | None = None
+        self._stage: int | None = None
+        self._deltas_of_step = 0
 
     def _ranges(self, model: nn.Module) -> list[nn.Parameter]:
         """Return the parameters that learn by `quantizer_learning_rate`."""
@@ -241,37 +271,18 @@ class SQAKDTrainer(Trainer):
                 f"The checkpoint {resume_from_checkpoint!r} does not exist or is half-written. "
                 "resume_from_checkpoint=True finds the last complete one."
             )
+        self._checkpoint = resume_from_checkpoint or None
         require_float32_latents(self.model)
-        if not resume_from_checkpoint and not is_calibrated(self.model):
-            self.calibrate()
-        self.model.train()  # a student loaded from codes becomes latent before it is spread over devices
-        self._check_options()
-        if not resume_from_checkpoint:
-            self._measurements.begin_training()
-        if not self._chooses_best:
-            logger.warning(
-                "No held-out images compare the trained student with the calibrated one: the trained one is kept, "
-                "whatever it lost. Pass eval_dataset, load_best_model_at_end=True, eval_strategy and save_strategy."
-            )
-        deltas = _read_deltas(resume_from_checkpoint, self.args.delta_estimation_steps)
-        if self.args.delta_estimation_steps:
-            self._deltas_of_step = 0
-            self._set_deltas(deltas)
-        if self.args.oscillation_freezing:
-            self._freezer = OscillationFreezer(quantized_layers(self.model), self.args.oscillation_freezing)
-            if resume_from_checkpoint:
-                _load_freezer(self._freezer, resume_from_checkpoint)
-        if self.args.progressive_bits:
-            self._progressive, self._stage = ProgressiveBits(self.model, self.args.progressive_bits), None
-        self._shared_weights = SharedWeights(self.model)
-        if self.model_wrapped is self.model:
-            _forget_preparation(self.model)
         try:
-            with self._images_as_trained():
+            with contextlib.ExitStack() as self._training:
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
             if self._progressive is not None and self._progressive.leave():
                 self.calibrate()  # stopped before its last stage
         finally:
+            self.is_in_train = False
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, InterruptCallback):
+                    callback.close()  # an error comes without on_train_end
             if self._progressive is not None:
                 self._progressive.leave()
             if self._feature_terms is not None:
@@ -347,6 +358,67 @@ class SQAKDTrainer(Trainer):
                 buffer.copy_(buffers[key])
         self._measurements.keep_step(self.state.best_global_step)
 
+    # --- trials ---
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Set what a trial changes of the arguments, and get ready: the student is made, no checkpoint is loaded.
+
+        `Trainer.train` calls it there, with and without a trial.
+        """
+        rate = self.args.quantizer_learning_rate
+        follows = rate == self.args.learning_rate / 100
+        super()._hp_search_setup(trial)
+        if follows and self.args.quantizer_learning_rate == rate:
+            self.args.quantizer_learning_rate = self.args.learning_rate / 100
+        self._objective = parse_objective(self.args.objective)
+        self._get_ready()
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] = "minimize",
+        **kwargs: Any,
+    ) -> BestRun | list[BestRun]:
+        """Search as [`~transformers.Trainer.hyperparameter_search`] does; what is minimised is by default `eval_loss`.
+
+        Trainer's own default is the sum of the other metrics, the agreement with the teacher among them.
+        """
+        if compute_objective is None and direction == "minimize":
+            compute_objective = operator.itemgetter("eval_loss")
+        return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, **kwargs)
+
+    def _get_ready(self) -> None:
+        """Let student, images and what goes with them begin a training."""
+        if self._checkpoint is None and not is_calibrated(self.model):
+            self.calibrate()
+        self.model.train()  # a student loaded from codes becomes latent before it is spread over devices
+        self._check_options()
+        if self._checkpoint is None:
+            self._measurements.begin_training()
+        if not self._chooses_best:
+            logger.warning(
+                "No held-out images compare the trained student with the calibrated one: the trained one is kept, "
+                "whatever it lost. Pass eval_dataset, load_best_model_at_end=True, eval_strategy and save_strategy."
+            )
+        self._agreement = _RunningMean()
+        self._freezer = self._progressive = self._stage = None
+        deltas = _read_deltas(self._checkpoint, self.args.delta_estimation_steps)
+        if self.args.delta_estimation_steps:
+            self._deltas_of_step = 0
+            self._set_deltas(deltas)
+        if self.args.oscillation_freezing:
+            self._freezer = OscillationFreezer(quantized_layers(self.model), self.args.oscillation_freezing)
+            if self._checkpoint is not None:
+                _load_freezer(self._freezer, self._checkpoint)
+        if self.args.progressive_bits:
+            self._progressive = ProgressiveBits(self.model, self.args.progressive_bits)
+        self._shared_weights = SharedWeights(self.model)
+        if self.model_wrapped is self.model:
+            _forget_preparation(self.model)
+        self._training.enter_context(self._images_as_trained())
+
     def _check_options(self) -> None:
         """Refuse, before the first step, options that this model or this way of running it has no use for."""
         looks_inside = feature_terms(self._objective)
@@ -399,6 +471,10 @@ class SQAKDTrainer(Trainer):
             yield
         finally:
             self.train_dataset = images
+
+    def _freeze_oscillating(self, progress: float) -> None:
+        if self._freezer is not None:
+            self._freezer.step(progress)
 
     def _begin_epoch(self, epoch: int) -> None:
         if isinstance(self.train_dataset, RepeatableImages):
@@ -872,14 +948,45 @@ class SQAKDTrainer(Trainer):
 
     # --- the Hub ---
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future[CommitInfo] | None:
         """Upload the packed student, its image processor and its card, as [`~transformers.Trainer.push_to_hub`] does.
 
         Raises:
             `UploadError`: The Hub refused, or the connection broke; the files stay in `args.output_dir`.
         """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = self.args.hub_token if token is None else token
+        if self.hub_model_id is None:
+            with upload_errors(self.args.hub_model_id or self.args.output_dir, "Nothing was changed on this side"):
+                self.init_hf_repo(token=token, **({} if private is None else {"private": private}))
+        self._finish_current_push()  # which reads the files that are written now
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        tags = [*_listed(kwargs.pop("tags", None)), *_listed(getattr(self.model, "model_tags", None))]
+        kwargs.setdefault("model_name", self.hub_model_id.split("/")[-1])
+        self.create_model_card(tags=list(dict.fromkeys(tags)), **kwargs)
         with upload_errors(self.hub_model_id, f"All files are in {self.args.output_dir!r}"):
-            return super().push_to_hub(*args, **kwargs)
+            upload = self._hub.upload_folder(
+                repo_id=self.hub_model_id,
+                folder_path=self.args.output_dir,
+                commit_message=commit_message,
+                token=token,
+                run_as_future=not blocking,
+                ignore_patterns=NOT_UPLOADED,
+                revision=self.args.hub_revision if revision is None else revision,
+            )
+        if not blocking:
+            self.push_in_progress = PushInProgress([upload])
+        return upload
 
     def create_model_card(
         self,
@@ -951,9 +1058,10 @@ class SQAKDTrainer(Trainer):
         gathered = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None  # by all processes
         if not self.is_world_process_zero():
             return
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if busy and not self.args.hub_always_push:
-            return
+        if self.push_in_progress is not None and not self.push_in_progress.is_done():
+            if not self.args.hub_always_push:
+                return
+            self._finish_current_push()  # it reads the files that are written now
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._format = "packed"
         self._save(self.args.output_dir, gathered)
@@ -962,23 +1070,27 @@ class SQAKDTrainer(Trainer):
         progress = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch)}"
         message = f"Training in progress, {progress}"
         upload = functools.partial(
-            HfApi().upload_folder,
+            self._hub.upload_folder,
             repo_id=self.hub_model_id,
             token=self.args.hub_token,
             run_as_future=True,
             revision=self.args.hub_revision,
         )
-        ignored = ["_*", "checkpoint-*"]
-        jobs = [upload(folder_path=self.args.output_dir, commit_message=message, ignore_patterns=ignored)]
+        jobs = [upload(folder_path=self.args.output_dir, commit_message=message, ignore_patterns=NOT_UPLOADED)]
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             inside = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else os.path.basename(checkpoint_folder)
             jobs.append(
                 upload(folder_path=checkpoint_folder, path_in_repo=inside, commit_message=f"{message}, checkpoint")
             )
-        if busy:
-            self.push_in_progress.jobs.extend(jobs)
-        else:
-            self.push_in_progress = PushInProgress(jobs)
+        for job in jobs:
+            job.add_done_callback(_warn_of_failure)
+        self.push_in_progress = PushInProgress(jobs)
+
+
+def _warn_of_failure(upload: Future) -> None:
+    """Say it when an upload in the background failed: nobody asks for its result."""
+    if not upload.cancelled() and (error := upload.exception()) is not None:
+        logger.warning("An upload while training did not complete: %s. Training goes on.", reason(error))
 
 
 def _quantizer_names(model: nn.Module) -> list[str]:

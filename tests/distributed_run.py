@@ -6,11 +6,15 @@ torchrun --nproc_per_node 2 -m tests.distributed_run FOLDER '{"model": "vit", "b
 import copy
 import json
 import os
+import random
+import signal
 import sys
+import time
 
 import torch
+from transformers import TrainerCallback
 
-from sqakd_hf import QuantizationConfig, SQAKDTrainer, SQAKDTrainingArguments, quantize_model
+from sqakd_hf import InterruptCallback, QuantizationConfig, SQAKDTrainer, SQAKDTrainingArguments, quantize_model
 from sqakd_hf.outputs import predict
 from tests.conftest import IMAGE_SIZE, TinyConvNet, tiny_vit
 
@@ -31,6 +35,36 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"pixel_values": self.pixels[index], "label": index % 4}
+
+
+def fail_at_third_call(how: str):
+    """A hook of the teacher that ends its process, or its work, as it computes."""
+    calls = []
+
+    def hook(*_):
+        calls.append(how)
+        if len(calls) == 3 and how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if len(calls) == 3 and how == "fails":
+            raise OSError("cannot identify image file a.png")
+
+    return hook
+
+
+class CtrlC(TrainerCallback):
+    """Ctrl-C in the second process at a step; steps of the processes take times of their own."""
+
+    def __init__(self, step: int):
+        self.step = step
+        self.random = random.Random(RANK)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        time.sleep(self.random.uniform(0, 0.05))
+        if RANK == 1 and state.global_step == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        print(f"step {state.global_step} of process {RANK}", flush=True)
 
 
 def main() -> None:
@@ -60,14 +94,21 @@ def main() -> None:
         disable_tqdm=True,
         use_cpu=True,
         seed=7,
+        cache_teacher_logits=options.get("cache"),
     )
     images = Images(160, augmented=options.get("augmented", False))
-    trainer = SQAKDTrainer(student, teacher, args, train_dataset=images, eval_dataset=Images(17))
+    images.fingerprint = f"noise of process {RANK}" if options.get("teacher") == "other images" else "noise"
+    interrupt = InterruptCallback()
+    callbacks = [interrupt, CtrlC(options["interrupt"])] if "interrupt" in options else None
+    trainer = SQAKDTrainer(student, teacher, args, train_dataset=images, eval_dataset=Images(17), callbacks=callbacks)
     if "resume" not in options:
         trainer.calibrate()
         trainer.evaluate()  # accelerate prepares the model for that, and must prepare it again for training
+    if RANK == 0 and "teacher" in options:
+        teacher.register_forward_pre_hook(fail_at_third_call(options["teacher"]))
     left = {"calibrated": {name: value.clone() for name, value in student.state_dict().items()}}
     trainer.train(options.get("resume"))
+    left["step"], left["interrupted"] = trainer.state.global_step, interrupt.interrupted
     left["metrics"] = trainer.evaluate()
     left["agreements"] = [entry["agreement"] for entry in trainer.state.log_history if "agreement" in entry]
     left["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

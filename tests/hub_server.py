@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
@@ -39,12 +40,16 @@ class Repo:
 
 
 class HubServer(ThreadingHTTPServer):
-    """`repos` holds what was uploaded; `drop_commits = n` breaks the next n commit requests off in their middle."""
+    """`repos` holds what was uploaded; `drop_commits = n` breaks the next n commit requests off in their middle.
+
+    `delays` are the seconds that the next requests of uploads wait at first.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos: dict[str, Repo] = {}
         self.drop_commits = 0
+        self.delays: list[float] = []
         self.requests: list[str] = []
         self.thread = threading.Thread(target=self.serve_forever, daemon=True)
         self.thread.start()
@@ -78,6 +83,8 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlparse(self.path).path)
         self.server.requests.append(f"{method} {path}")
         length = int(self.headers.get("Content-Length") or 0)
+        if self.server.delays and ("/preupload/" in path or "/commit/" in path):
+            time.sleep(self.server.delays.pop(0))
         if "/commit/" in path and self.server.drop_commits > 0:
             self.server.drop_commits -= 1
             self.rfile.read(length // 2)

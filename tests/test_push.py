@@ -272,3 +272,73 @@ def test_the_trainer_uploads_packed_students_by_every_strategy(hub, run, tmp_pat
             assert mine.state.global_step == 6
             """
         )
+
+
+def test_uploads_of_a_trainer_keep_their_order_and_their_contents_on_a_slow_connection(hub, run):
+    hub.delays = [1.0, 1.0, 0.5, 0.5]
+    run(
+        """
+        mine = trainer(sys.argv[1] + "/out", push_to_hub=True, hub_strategy="all_checkpoints", learning_rate=1e-2)
+        mine.train()
+        first = mine.push_to_hub("One", blocking=False)
+        with torch.no_grad():
+            mine.model.classifier.bias += 1
+        mine.push_to_hub("Two")
+        assert first.done()
+        """
+    )
+    commits = hub.repos["me/run"].commits[1:]
+    assert [commit.message for commit in commits] == [
+        "Training in progress, step 2",
+        "Training in progress, step 2, checkpoint",
+        "Training in progress, step 4",
+        "Training in progress, step 4, checkpoint",
+        "One",
+        "Two",
+    ]
+    second, _, fourth, _, one, two = (commit.files["model.safetensors"] for commit in commits)
+    assert second != fourth == one != two
+
+
+def test_an_upload_that_fails_while_training_is_a_warning(hub, run):
+    hub.drop_commits = 100
+    run(
+        """
+        import logging.handlers
+        said = logging.handlers.BufferingHandler(100)
+        logging.getLogger("sqakd_hf").addHandler(said)
+        mine = trainer(sys.argv[1] + "/out", push_to_hub=True, hub_strategy="every_save")
+        mine.train()
+        assert mine.state.global_step == 4
+        assert ["did not complete" in record.getMessage() for record in said.buffer] == [True, True]
+        """
+    )
+
+
+@pytest.mark.parametrize("name", ["config.json", "README.md", "report.html"])
+def test_what_fails_on_this_side_is_not_called_an_upload(hub, run, name):
+    run(
+        f"""
+        mine = trainer(sys.argv[1] + "/out", push_to_hub=True, hub_strategy="end")
+        mine.train()
+        blocked = Path(sys.argv[1], "out", {name!r})
+        blocked.unlink(missing_ok=True)
+        blocked.mkdir()
+        error = raised(mine.push_to_hub)
+        assert isinstance(error, IsADirectoryError) and {name!r} in str(error), error
+        """
+    )
+    assert [commit.message for commit in hub.repos["me/run"].commits] == ["initial commit"]
+
+
+def test_a_card_that_cannot_be_written_is_not_called_an_upload(hub, run):
+    run(
+        """
+        class Broken:
+            def __iter__(self):
+                raise RuntimeError("the cause")
+
+        error = raised(lambda: student().push_to_hub("me/student", datasets=Broken()))
+        assert type(error) is RuntimeError and str(error) == "the cause", error
+        """
+    )

@@ -1,7 +1,6 @@
 import os
 import pickle
 import random
-import threading
 
 import datasets
 import numpy as np
@@ -166,18 +165,6 @@ class TestFile:
 
         with pytest.raises(OSError, match="cannot identify image file a.png"):
             self.cache(tmp_path, broken)
-
-    def test_a_process_that_does_not_compute_waits_for_the_file(self, tmp_path):
-        waiting = []
-        thread = threading.Thread(
-            target=lambda: waiting.append(self.cache(tmp_path, predict=None, computes=False)), daemon=True
-        )
-        thread.start()
-        thread.join(0.5)
-        assert thread.is_alive()
-        made = self.cache(tmp_path)
-        thread.join(10)
-        assert torch.equal(waiting[0][5][LOGITS], made[5][LOGITS])
 
     def test_others_may_read_it(self, tmp_path):
         mask = os.umask(0o022)

@@ -1,7 +1,9 @@
+import contextlib
 import copy
 import json
 import random
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,12 +11,16 @@ import safetensors.torch
 import timm
 import torch
 import transformers
+from accelerate.utils import release_memory
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback
+from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS
+from transformers.trainer_utils import HPSearchBackend
 
 from sqakd_hf import (
     FakeQuantizer,
+    ImageCollator,
     InputError,
     InterruptCallback,
     QuantizationConfig,
@@ -27,6 +33,8 @@ from sqakd_hf import (
     quantize_model,
 )
 from sqakd_hf import trainer as trainer_module
+from sqakd_hf.non_finite import NonFiniteError
+from sqakd_hf.outputs import Prediction, predict
 from sqakd_hf.record import TrainingRecord
 from tests.conftest import CLASSES, IMAGE_SIZE, TinyConvNet, Wrapper, tiny_vit
 
@@ -561,6 +569,175 @@ class TestResuming:
         assert_same_state(second.model, whole.model)
 
 
+class Grid:
+    """A search in this process: `train` for each of the given changes of the arguments, as optuna's runs it."""
+
+    trials = ({"learning_rate": 1e-2}, {"learning_rate": 0.0}, {"learning_rate": 1e-2})
+
+    def ensure_available(self):
+        pass
+
+    def run(self, trainer, n_trials, direction, **kwargs):
+        runs = []
+        for number, params in enumerate(self.trials):
+            trainer.train(trial=SimpleNamespace(number=number, params=params))
+            rates = [group["initial_lr"] for group in trainer.optimizer.param_groups]
+            runs.append((trainer.compute_objective(trainer.evaluate()), trainer.model, trainer.results, rates))
+            trainer.model_wrapped, trainer.model = release_memory(trainer.model_wrapped, trainer.model)
+            trainer.accelerator.clear()
+        return runs
+
+
+class TestModelInit:
+    def search_by(self, backend, monkeypatch):
+        monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, backend)
+        monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
+
+    def trainer(self, folder, model_init, teacher=None, given=(None,), **options):
+        return SQAKDTrainer(
+            *given,
+            teacher_model=models()[1] if teacher is None else teacher,
+            args=arguments(folder, **options),
+            train_dataset=Images(),
+            eval_dataset=Images(11),
+            model_init=model_init,
+        )
+
+    @pytest.mark.parametrize(
+        ("way", "options"),
+        [
+            ("no model", {}),
+            ("model=None", {"gradient_accumulation_steps": 2, "channels_last": True}),
+            ("model=None", {"objective": "kl + at", "oscillation_freezing": 0.01}),
+            ("set later", {"progressive_bits": [8]}),
+        ],
+    )
+    def test_each_training_has_a_student_of_its_own_which_learns_like_one_that_is_given(self, tmp_path, way, options):
+        expected = make_trainer(tmp_path / "given", config={"weight_bits": 2}, **options)
+        student = copy.deepcopy(expected.model)
+        expected.train()
+
+        def fresh():
+            return copy.deepcopy(student)  # nobody's random numbers are used up
+
+        if way == "set later":
+            trainer = make_trainer(tmp_path, config={"weight_bits": 2}, **options)
+            trainer.model_init = fresh
+        else:
+            trainer = self.trainer(tmp_path, fresh, given=() if way == "no model" else (None,), **options)
+        trained = [trainer.model]
+        for _ in range(2):
+            trainer.train()
+            trained.append(trainer.model)
+            assert_same_state(trainer.model, expected.model)
+        assert len(set(map(id, trained))) == 3
+
+    def test_what_was_measured_of_one_student_is_not_said_of_the_next(self, tmp_path):
+        trainer = self.trainer(tmp_path, lambda: models()[0], logging_steps=4, num_train_epochs=3)
+        trainer.calibrate()
+        trainer.evaluate()
+        trainer.measure_layers(8)
+        trainer.train()
+        assert trainer.results == trainer.layer_sqnr == {}
+        logs = []
+        for _ in range(2):  # the last step of each is in no log of its own
+            trainer.train()
+            logs.append([log["agreement"] for log in trainer.state.log_history if "agreement" in log])
+        assert len(logs[0]) == 2 and logs[0] == logs[1]
+
+    def test_it_goes_on_from_a_checkpoint(self, tmp_path):
+        options = {"save_strategy": "steps", "save_steps": 2}
+        whole = self.trainer(tmp_path, lambda: models()[0], **options)
+        whole.train()
+        resumed = self.trainer(tmp_path, lambda: models()[0], **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert_same_state(resumed.model, whole.model)
+
+    def test_a_calibrated_student_keeps_its_ranges(self, tmp_path):
+        given = models()[0]
+        calibrate_model(given, [2 * Images().pixels], disable_progress=True)
+        trainer = self.trainer(tmp_path, lambda: copy.deepcopy(given), learning_rate=0.0, max_steps=1)
+        trainer.train()
+        ranges = [name for name, _ in given.named_parameters() if "quantizer" in name]
+        assert ranges
+        assert all(torch.equal(trainer.model.get_parameter(name), given.get_parameter(name)) for name in ranges)
+
+    def test_what_it_returns_is_checked_like_a_student_that_is_given(self, tmp_path):
+        student, teacher = models()
+        for model_init, message in (
+            (TinyConvNet, "The student is not quantized"),
+            (lambda: teacher, "The student is not quantized"),
+            (lambda: models(lambda: build_model("timm/test_resnet", 7, 32))[0], "4 .* 7|7 .* 4"),
+        ):
+            with pytest.raises(InputError, match=message):
+                self.trainer(tmp_path, model_init, teacher)
+            later = SQAKDTrainer(models()[0], teacher, arguments(tmp_path), Images())
+            later.model_init = model_init
+            with pytest.raises(InputError, match=message):
+                later.train()
+        again = self.trainer(tmp_path, lambda: student, teacher)
+        with pytest.raises(InputError, match="student that this trainer has already. Return a new one"):
+            again.train()
+
+    def test_neither_student_nor_teacher_is_a_sentence(self, tmp_path):
+        student, teacher = models()
+        with pytest.raises(InputError, match="pass model, or model_init"):
+            SQAKDTrainer(teacher_model=teacher, args=arguments(tmp_path))
+        with pytest.raises(InputError, match="pass teacher_model"):
+            SQAKDTrainer(student, args=arguments(tmp_path))
+
+    def test_each_trial_of_a_search_trains_a_calibrated_student_of_its_own(self, tmp_path, monkeypatch):
+        self.search_by(Grid, monkeypatch)
+        trainer = self.trainer(tmp_path, lambda trial: models()[0], save_strategy="epoch")
+        runs = trainer.hyperparameter_search(lambda trial: trial.params, backend="optuna")
+        (first, still, third), students, results, rates = zip(*runs, strict=True)
+        assert first == third != still
+        assert len(set(map(id, students))) == 3
+        assert [result["student"]["kl"] for result in results] == [first, still, third]
+        assert rates == ([1e-2, 1e-2, 1e-4], [0.0, 0.0, 0.0], [1e-2, 1e-2, 1e-4])  # the ranges' follows
+        assert {path.name for path in tmp_path.iterdir()} == {"run-0", "run-1", "run-2"}
+
+    def test_a_search_sets_any_argument_before_the_student_gets_ready(self, tmp_path, monkeypatch):
+        class Options(Grid):
+            trials = ({"calibration_images": 4}, {"objective": "at", "oscillation_freezing": 0.01}, {"temperature": 1})
+
+        self.search_by(Options, monkeypatch)
+        student, _ = models(weight_bits=2)
+        trainer = self.trainer(tmp_path / "search", lambda: copy.deepcopy(student))
+        runs = trainer.hyperparameter_search(lambda trial: trial.params, backend="optuna")
+        given = {}
+        for run, changes in zip(runs, Options.trials, strict=True):
+            given |= changes  # Trainer keeps what a trial set
+            alone = make_trainer(tmp_path / "alone", config={"weight_bits": 2}, **given)
+            alone.train()
+            assert_same_state(run[1], alone.model)
+
+    def test_optuna_searches(self, tmp_path):
+        pytest.importorskip("optuna")
+        student, _ = models()
+        trainer = self.trainer(tmp_path, lambda: copy.deepcopy(student), eval_strategy="epoch")
+        best = trainer.hyperparameter_search(
+            lambda trial: {"learning_rate": trial.suggest_categorical("learning_rate", [0.0, 1e-2])},
+            n_trials=2,
+            backend="optuna",
+        )
+        alone = make_trainer(tmp_path / "alone", **best.hyperparameters)
+        alone.train()
+        assert best.hyperparameters == {"learning_rate": 1e-2}
+        assert best.objective == alone.evaluate()["eval_loss"]
+
+
+class Fail(TrainerCallback):
+    """Raises in a step."""
+
+    def __init__(self, error, at=2):
+        self.error, self.at = error, at
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.at:
+            raise self.error
+
+
 class TestInterrupt:
     @pytest.fixture(autouse=True)
     def _interrupts_nobody_else(self):
@@ -588,6 +765,53 @@ class TestInterrupt:
         whole = make_trainer(tmp_path / "whole")
         whole.train()
         assert_same_state(second.model, whole.model)
+
+    @pytest.mark.parametrize("error", [NonFiniteError, KeyboardInterrupt])
+    def test_an_error_in_training_gives_ctrl_c_back(self, tmp_path, error):
+        handler = signal.getsignal(signal.SIGINT)
+        trainer = make_trainer(tmp_path, callbacks=[InterruptCallback(), Fail(error)])
+        with pytest.raises(error):
+            trainer.train()
+        assert signal.getsignal(signal.SIGINT) is handler
+        interrupt, teacher = InterruptCallback(), tiny_vit()
+        other = transformers.Trainer(
+            teacher,
+            transformers.TrainingArguments(tmp_path, report_to="none", use_cpu=True, remove_unused_columns=False),
+            train_dataset=Images(labelled=True),
+            data_collator=ImageCollator(),
+            callbacks=[interrupt, Fail(error)],
+        )
+        with pytest.raises(error), contextlib.closing(interrupt):
+            other.train()
+        assert signal.getsignal(signal.SIGINT) is handler
+
+
+class TestAfterAnError:
+    def test_the_next_training_logs_nothing_of_the_one_that_failed(self, tmp_path):
+        fail = Fail(NonFiniteError, at=3)
+        trainer = make_trainer(tmp_path, callbacks=[fail], logging_steps=2, max_steps=4)
+        trainer.teacher_prediction = lambda inputs: Prediction(-predict(trainer.model, inputs).logits)
+        with pytest.raises(NonFiniteError):
+            trainer.train()
+        trainer.pop_callback(fail)
+        trainer.teacher_prediction = lambda inputs: predict(trainer.model, inputs)
+        trainer.train()
+        assert [log["agreement"] for log in trainer.state.log_history if "agreement" in log] == [1.0, 1.0]
+
+    def test_it_evaluates_as_if_no_training_went_on(self, tmp_path):
+        trainer = make_trainer(tmp_path, callbacks=[Fail(NonFiniteError)])
+        with pytest.raises(NonFiniteError):
+            trainer.train()
+        assert not trainer.is_in_train
+
+    def test_ranges_still_learn_where_no_optimizer_could_be_made(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        trainer.calibrate()
+        learning = [parameter.requires_grad for parameter in trainer.model.parameters()]
+        trainer.optimizer_cls_and_kwargs = torch.optim.SGD, {"lr": -1.0}
+        with pytest.raises(ValueError, match="Invalid learning rate"):
+            trainer.train()
+        assert [parameter.requires_grad for parameter in trainer.model.parameters()] == learning
 
 
 class TestSaving:

@@ -418,7 +418,8 @@ def train_teacher(
         processing_class=image_processor(used),
         callbacks=[interrupt],
     )
-    trainer.train()
+    with contextlib.closing(interrupt):
+        trainer.train()
     if interrupt.interrupted:
         raise KeyboardInterrupt
     trainer.save_model()
