@@ -272,7 +272,6 @@ class SQAKDTrainer(Trainer):
                 "resume_from_checkpoint=True finds the last complete one."
             )
         self._checkpoint = resume_from_checkpoint or None
-        require_float32_latents(self.model)
         try:
             with contextlib.ExitStack() as self._training:
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -391,6 +390,7 @@ class SQAKDTrainer(Trainer):
 
     def _get_ready(self) -> None:
         """Let student, images and what goes with them begin a training."""
+        require_float32_latents(self.model)
         if self._checkpoint is None and not is_calibrated(self.model):
             self.calibrate()
         self.model.train()  # a student loaded from codes becomes latent before it is spread over devices
