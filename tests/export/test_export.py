@@ -625,7 +625,7 @@ class TestErrors:
         code = (
             "import sys; sys.modules['onnxruntime'] = None\n"
             "import sqakd_hf\n"
-            "try:\n    sqakd_hf.export_onnx\nexcept sqakd_hf.InputError as error:\n    print(error)\n"
+            "try:\n    sqakd_hf.export_onnx(None, None)\nexcept sqakd_hf.InputError as error:\n    print(error)\n"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert "needs the package 'onnxruntime'" in done.stdout and "pip install sqakd-hf[onnx]" in done.stdout
