@@ -5,6 +5,7 @@ Such modules keep their code. While it runs, a [`TorchFunctionMode`] hands the f
 
 import contextlib
 import functools
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .errors import InputError
+from .errors import InputError, quote
 from .layers import QuantizedLayer
 from .quantizers import FakeQuantizer
 
+
+logger = logging.getLogger(__name__)
 
 # Functions that apply a weight to an input: `function(input, weight, ...)`.
 WEIGHTED = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
@@ -49,6 +52,7 @@ class InterceptedModule(nn.Module):
 
     bypassed_layers: tuple[str, ...] = ()
     planned_fused: bool | None = None
+    told_of_missed = False
     float_class: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -59,12 +63,25 @@ class InterceptedModule(nn.Module):
             output = super().forward(*args, **kwargs)
         if output_quantizer is not None:
             output = output_quantizer(output)
+        if missed := [name for name in self.bypassed_layers if name not in interceptor.met_layers]:
+            self._warn_of_missed(missed)
         if interceptor.quantizers is not None and not interceptor.met_attention:
             raise InputError(
                 f"{self.float_class.__name__} was quantized, but now computes attention by a function that can't be. "
                 "Use attn_implementation='sdpa' or 'eager', as when it was quantized."
             )
         return output
+
+    def _warn_of_missed(self, missed: list[str]) -> None:
+        """Say once that weights are used in another way than when the model was quantized, which leaves them float."""
+        if not self.told_of_missed:
+            self.told_of_missed = True
+            logger.warning(
+                "%s computed without the quantized weights of %s, which it applied itself when it was quantized: that "
+                "computation is in float.",
+                self.float_class.__name__,
+                quote(missed),
+            )
 
     @contextlib.contextmanager
     def _as_planned(self) -> Iterator[None]:
@@ -115,7 +132,7 @@ def release(module: InterceptedModule) -> None:
     module.__class__ = module.float_class
     for name in ("attention_quantizers", "output_quantizer"):
         module._modules.pop(name, None)
-    for name in ("bypassed_layers", "planned_fused"):
+    for name in ("bypassed_layers", "planned_fused", "told_of_missed"):
         vars(module).pop(name, None)
 
 
@@ -137,7 +154,8 @@ class _Interceptor(TorchFunctionMode):
 
     def __init__(self, module: InterceptedModule):
         super().__init__()
-        self.layers: list[QuantizedLayer] = [module._modules[name] for name in module.bypassed_layers]
+        self.layers: dict[str, QuantizedLayer] = {name: module._modules[name] for name in module.bypassed_layers}
+        self.met_layers: set[str] = set()
         self.quantizers: AttentionQuantizers | None = module._modules.get("attention_quantizers")
         self.probabilities: list[torch.Tensor] = []
         self.met_attention = False
@@ -146,8 +164,9 @@ class _Interceptor(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.layers and func in WEIGHTED:
             x, weight = input_and_weight(args, kwargs)
-            for layer in self.layers:
+            for name, layer in self.layers.items():
                 if weight is layer.stored_weight:
+                    self.met_layers.add(name)
                     rest = {name: value for name, value in kwargs.items() if name not in ("input", "weight")}
                     return func(layer.quantized_input(x), layer.quantized_weight(), *args[2:], **rest)
         if self.quantizers is None:

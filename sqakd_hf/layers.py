@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,14 +61,14 @@ class QuantizedLayer(nn.Module):
         """Return a quantized twin of `layer` that shares its parameters; nothing is copied or re-initialised.
 
         Args:
-            layer (`nn.Module`): The float layer; it stays usable.
+            layer (`nn.Module`): The float layer; it stays usable. Hooks are shared: who removes one from the layer
+                removes it from the twin.
             weight_quantizer (`FakeQuantizer`): Applied to `layer.weight` in each forward.
             input_quantizer (`FakeQuantizer`, *optional*): Applied to the layer's input; `None` leaves it in float.
         """
         twin = cls.__new__(cls)
-        # Share everything but the tables of parameters, buffers, children and hooks themselves. Building the layer
-        # through __init__ instead would have to know the arguments of every subclass.
-        twin.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(layer).items()}
+        # Building the layer through __init__ instead would have to know the arguments of every subclass.
+        twin.__dict__ = _state_of(layer)
         twin.weight_quantizer = weight_quantizer
         twin.input_quantizer = input_quantizer
         weight_quantizer.train(layer.training)
@@ -84,7 +85,7 @@ class QuantizedLayer(nn.Module):
     def dequantized(self) -> nn.Module:
         """Return the plain float layer whose weight holds the quantized values; the other parameters are shared."""
         plain = object.__new__(self.plain_class())
-        plain.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(self).items()}
+        plain.__dict__ = _state_of(self)
         for name in ("weight_quantizer", "input_quantizer"):
             plain._modules.pop(name, None)
             plain.__dict__.pop(name, None)  # where activations stay in float
@@ -177,6 +178,15 @@ class QuantizedLayer(nn.Module):
             self.weight_is_on_grid = False
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.refresh()
+
+
+def _state_of(layer: nn.Module) -> dict[str, Any]:
+    """Return the attributes for a layer that takes the place of `layer`: all shared but its tables of tensors.
+
+    Tables of hooks are shared as well, since the handle that removes a hook knows the table that it was put into.
+    """
+    own = ("_parameters", "_buffers", "_modules")
+    return {key: value.copy() if key in own else value for key, value in vars(layer).items()}
 
 
 _REGISTRY: dict[type[nn.Module], type[QuantizedLayer]] = {}

@@ -84,7 +84,7 @@ def trace_model(model: nn.Module, layers: Mapping[str, nn.Module], images: torch
                 reason = f"{tuple(example.shape)}: {type(error).__name__}: {first_line(error)}"
     if images is not None:
         raise InputError(f"{type(model).__name__} does not run on the example images, {reason}.")
-    logger.info(
+    logger.warning(
         "%s does not run on noise (%s): the order of its layers is that of their registration, and layers that never "
         "run are not known before calibration. Pass example images to tell.",
         type(model).__name__,

@@ -397,3 +397,37 @@ class TestBypassedLayers:
         ]
         quantize_model(bypassing(Odd()))
         assert "Left in float: 3.qkv (3 uses its weight in t)." in caplog.text
+
+
+class AppliesItself(nn.Module):
+    """Applies the weight of its layer without calling the layer, in one way or another."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.by_function = nn.Linear(3, 4), True
+
+    def forward(self, x):
+        x = x.mean((2, 3))
+        return F.linear(x, self.fc.weight) if self.by_function else x @ self.fc.weight.T
+
+
+class TestMissedWeights:
+    def test_a_weight_that_is_no_longer_met_is_said_once(self, caplog):
+        student, *_ = student_of(nn.Sequential(AppliesItself(), nn.Linear(4, 2)))
+        student(IMAGES)
+        assert "computed without the quantized weights" not in caplog.text
+        student[0].by_function = False
+        for _ in range(2):
+            student(IMAGES)
+        said = [
+            record for record in caplog.records if "computed without the quantized weights of 'fc'" in record.message
+        ]
+        assert len(said) == 1 and said[0].levelname == "WARNING"
+
+    def test_one_that_was_never_met_is_in_the_plan_and_told(self, caplog):
+        model = nn.Sequential(AppliesItself(), nn.Linear(4, 2))
+        model[0].by_function = False
+        plan = quantize_model(model, QuantizationConfig())
+        line = next(line for line in plan if line.name == "0.fc")
+        assert "uses its weight in" in line.skipped
+        assert f"0.fc ({line.skipped})" in caplog.text

@@ -243,18 +243,24 @@ class TestTwin:
         assert model[0].input_quantizer.scale.grad.abs().sum() > 0
 
     @one_each
-    def test_hooks_are_kept_and_new_ones_do_not_leak(self, case):
+    def test_hooks_are_kept_until_their_owner_removes_them(self, case):
         layer, x, _ = case()
         calls = []
-        layer.register_forward_hook(lambda *_: calls.append("old"))
+        handles = [
+            layer.register_forward_hook(lambda *_, **__: calls.append("after"), with_kwargs=True),
+            layer.register_forward_pre_hook(lambda *_: calls.append("before")),
+        ]
         twin = twin_of(layer)
-        twin.register_forward_hook(lambda *_: calls.append("new"))
-        twin(x)
-        assert calls == ["old", "new"]
-        layer(x)
-        assert calls == ["old", "new", "old"]
-        twin.dequantized()(x)
-        assert calls == ["old", "new", "old", "old", "new"]
+        for module in (twin, twin.dequantized()):
+            calls.clear()
+            module(x)
+            assert calls == ["before", "after"]
+        for handle in handles:
+            handle.remove()
+        calls.clear()
+        for module in (layer, twin, twin.dequantized()):
+            module(x)
+        assert not calls
 
     @one_each
     @pytest.mark.parametrize("training", [True, False])

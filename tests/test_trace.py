@@ -63,9 +63,10 @@ def test_layers_that_do_not_run_are_missing():
 
 
 def test_a_model_that_takes_no_images_gives_none_and_the_reason(caplog):
-    caplog.set_level("INFO")
     assert trace(nn.Sequential(nn.Linear(7, 2))) is None
-    assert "does not run on noise" in caplog.text
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "does not run on noise" in caplog.text and "mat1 and mat2" in caplog.text
+    assert "Pass example images" in caplog.text
     assert trace(nn.Sequential(nn.Linear(7, 2)), torch.randn(3, 7)).macs == {"0": 14}
 
 
