@@ -113,20 +113,21 @@ def apply_plan(model: nn.Module, plan: QuantizationPlan) -> None:
     outputs = {
         line.name: _activation_quantizer(line).to(device_of(model)) for line in plan.residuals if line.skipped is None
     }
-    with _undone_on_error(model):
-        _replace([*model.modules(), *twins.values()], twins)
-        fused = {line.name: line.fused for line in plan.attention}
-        for name, module_quantizers in attention.items():
-            intercept(model.get_submodule(name), attention_quantizers=module_quantizers, fused=fused[name])
-        for name, quantizer in outputs.items():
-            intercept(model.get_submodule(name), output_quantizer=quantizer)
-        for layer in plan.quantized:
-            if layer.bypassed:
-                parent, _, child = layer.name.rpartition(".")
-                intercept(model.get_submodule(parent), bypassed=[child])
-        model.quantization_plan = plan
-        model.register_load_state_dict_pre_hook(_report_missing_ranges)
-        fix_image_ranges(model)
+    _replace([*model.modules(), *twins.values()], twins)
+    fused = {line.name: line.fused for line in plan.attention}
+    for name, module_quantizers in attention.items():
+        intercept(model.get_submodule(name), attention_quantizers=module_quantizers, fused=fused[name])
+    for name, quantizer in outputs.items():
+        intercept(model.get_submodule(name), output_quantizer=quantizer)
+    for layer in plan.quantized:
+        if layer.bypassed:
+            parent, _, child = layer.name.rpartition(".")
+            intercept(model.get_submodule(parent), bypassed=[child])
+    norms = set(batch_norms(model))
+    model.quantization_plan = plan
+    model.norms_of_plan = tuple(name for name, module in model.named_modules() if module in norms)
+    model.register_load_state_dict_pre_hook(_report_missing_ranges)
+    fix_image_ranges(model)
 
 
 def fix_image_ranges(model: nn.Module) -> None:
@@ -295,12 +296,16 @@ def require_planned_layers(model: nn.Module, widths: bool = True) -> None:
         for line in lines
         if line.skipped is None and (what := _changed(modules, line, quantizers_of, widths)) is not None
     }
+    if not changed:
+        # Folded into the layer in front, a BatchNorm changes the weight that a range was set for.
+        gone = (name for name in owner.norms_of_plan if isinstance(modules.get(name, nn.Identity()), nn.Identity))
+        changed = dict.fromkeys(gone, "a BatchNorm, gone")
     if changed:
         listed = [f"{name!r} ({changed[name]})" for name in sorted(changed)]
         raise InputError(
             f"{len(listed)} of the student's quantized layers and operations are not as quantize_model left them: "
             f"{', '.join(listed[:8])}{', ...' * (len(listed) > 8)}. What replaces or changes layers, such as timm's "
-            "reparameterize_model, reset_classifier or SyncBatchNorm's conversion, is done to the float model: do it "
+            "reparameterize_model, reset_classifier, fuse_conv_bn_eval or SyncBatchNorm's conversion, is done to the float model: do it "
             "there, then quantize that."
         )
 
@@ -364,7 +369,8 @@ def dequantize_model(model: nn.Module) -> None:
             if isinstance(module, InterceptedModule):
                 release(module)
         _replace([*model.modules(), *twins.values()], twins)
-        vars(model).pop("quantization_plan", None)
+        for name in ("quantization_plan", "norms_of_plan"):
+            vars(model).pop(name, None)
         for key, wrapped in list(model._load_state_dict_pre_hooks.items()):
             if wrapped.hook is _report_missing_ranges:
                 del model._load_state_dict_pre_hooks[key]

@@ -263,7 +263,6 @@ class SQAKDTrainer(Trainer):
         `resume_from_checkpoint=True` goes on from the last complete checkpoint: a run that was killed while it saved
         leaves a half-written one, which is passed over.
         """
-        require_planned_layers(self.model)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
         elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
@@ -390,6 +389,7 @@ class SQAKDTrainer(Trainer):
 
     def _get_ready(self) -> None:
         """Let student, images and what goes with them begin a training."""
+        require_planned_layers(self.model)
         require_float32_latents(self.model)
         if self._checkpoint is None and not is_calibrated(self.model):
             self.calibrate()

@@ -12,6 +12,7 @@ from timm.models.byobnet import RepVggBlock
 from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import AutoModelForImageClassification, BatchFeature
 
 from sqakd_hf import (
@@ -1263,6 +1264,12 @@ def with_float_inputs(model):
     return model
 
 
+def with_a_folded_norm(model):
+    block = model.blocks[0].conv_kxk
+    block.conv, block.bn = fuse_conv_bn_eval(block.conv, block.bn), nn.Identity()
+    return model
+
+
 def with_synchronised_norms(model):
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
@@ -1275,6 +1282,7 @@ CHANGES = {
     "without a layer": (without_a_layer, "1 of .*'blocks.1.conv_1x1.conv' \\(gone\\)"),
     "a new head": (with_a_new_head, "1 of .*'head' \\(now Linear, not quantized as planned\\)"),
     "other bits": (with_other_bits, "1 of .*'head' \\(5 bits instead of 8\\)"),
+    "a folded norm": (with_a_folded_norm, "1 of .*'blocks.0.conv_kxk.bn' \\(a BatchNorm, gone\\)"),
     "float inputs": (with_float_inputs, "1 of .*'head' \\(now QuantizedLinear, not quantized as planned\\)"),
 }
 
