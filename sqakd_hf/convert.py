@@ -305,8 +305,8 @@ def require_planned_layers(model: nn.Module, widths: bool = True) -> None:
         raise InputError(
             f"{len(listed)} of the student's quantized layers and operations are not as quantize_model left them: "
             f"{', '.join(listed[:8])}{', ...' * (len(listed) > 8)}. What replaces or changes layers, such as timm's "
-            "reparameterize_model, reset_classifier, fuse_conv_bn_eval or SyncBatchNorm's conversion, is done to the float model: do it "
-            "there, then quantize that."
+            "reparameterize_model, reset_classifier, fuse_conv_bn_eval or SyncBatchNorm's conversion, is done to the "
+            "float model: do it there, then quantize that."
         )
 
 

@@ -283,6 +283,7 @@ class SQAKDTrainer(Trainer):
                     callback.close()  # an error comes without on_train_end
             if self._progressive is not None:
                 self._progressive.leave()
+                self._progressive = None
             if self._feature_terms is not None:
                 self._feature_terms.remove()
                 self._feature_terms = None
