@@ -891,8 +891,10 @@ class SQAKDTrainer(Trainer):
         loss = self._loss(student, teacher, mask, reduction="none")
         counts = student.counted(mask)
         values = {"loss": (loss, counts), "agreement": (_agreement(student, teacher, mask), counts)}
-        if labels is not None and (hits := student.hits(labels)) is not None:
-            values["accuracy"], values["teacher_accuracy"] = hits, teacher.hits(labels)
+        # Of a batch without labels as well: another process may have one with.
+        nothing = torch.zeros_like(loss), torch.zeros_like(counts)
+        for name, prediction in (("accuracy", student), ("teacher_accuracy", teacher)):
+            values[name] = (None if labels is None else prediction.hits(labels)) or nothing
         for name, (value, counts) in values.items():
             # Drops the images that fill up the last batch of a distributed loader.
             value, counts = self.accelerator.gather_for_metrics((value.to(widest_float(value.device)), counts))
