@@ -312,7 +312,7 @@ class TestTraining:
 
 
 class TestExport:
-    @FUZZ
+    @settings(FUZZ, max_examples=8)
     @given(
         options=st.fixed_dictionaries(
             {},
@@ -326,7 +326,6 @@ class TestExport:
         place=st.sampled_from(["student.onnx", "no/such/folder/student.onnx", "."]),
         calibrated=st.booleans(),
     )
-    @settings(max_examples=8)
     def test_exporting(self, options, place, calibrated, tmp_path_factory):
         folder = tmp_path_factory.mktemp("export")
         torch.manual_seed(0)
