@@ -10,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .configuration import QuantizationConfig
-from .errors import InputError
+from .errors import InputError, first_line
 from .interception import AttentionQuantizers, InterceptedModule, intercept, release
 from .layers import QuantizedLayer, quantized_class
 from .outputs import run_model
@@ -630,7 +630,15 @@ def _feed(model: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, Any]],
         inputs = {key: value.to(like.device) for key, value in inputs.items() if isinstance(value, torch.Tensor)}
         if pixel_values.is_floating_point():
             inputs["pixel_values"] = inputs["pixel_values"].to(like.dtype)
-        run_model(model, inputs)
+        try:
+            run_model(model, inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # torch's way to say that shapes or dtypes do not fit
+            raise InputError(
+                f"{type(model).__name__} does not run on images {tuple(pixel_values.shape)} in {pixel_values.dtype}: "
+                f"{first_line(error)} Calibrate with images as the model takes them."
+            ) from error
         bar.update()
         empty = False
     if empty:

@@ -318,8 +318,7 @@ class SQAKDTrainer(Trainer):
         """Evaluate and save the student before its first step, which takes part in the choice of the best."""
         if not self._chooses_best or self.state.global_step > 0 or self.state.best_model_checkpoint is not None:
             return
-        with own_random_numbers(self.args.seed):  # loaders draw from the generators that training goes on with
-            metrics = self._evaluate(self._trial, None, skip_scheduler=True)
+        metrics = self._evaluate(self._trial, None, skip_scheduler=True)
         self._determine_best_metric(metrics, self._trial)
         # Trainer knows the folder of a best step from 1 on.
         self.state.best_model_checkpoint = self._checkpoint_folder(self._trial)
@@ -860,7 +859,8 @@ class SQAKDTrainer(Trainer):
             self._require_finite_model()
         self._follow_first_process()  # BatchNorm's statistics are those of each process's own images
         self._evaluated = {}
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with own_random_numbers(self.args.seed):  # loaders draw from the generators that training goes on with
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = {name: mean.pop() for name, mean in self._evaluated.items() if mean}
         teacher_accuracy = means.pop("teacher_accuracy", None)
         output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
