@@ -48,8 +48,8 @@ class TestEvaluate:
         found = json.loads(printed(capsys, "evaluate", distilled, *arguments))
         assert found["images"] == 60
         # Training computes the divergence in float32: log-probabilities near 2 are rounded by 2e-7, times T² = 16.
-        for name, value in expected.items():
-            assert found[name] == pytest.approx(value, rel=1e-4, abs=4e-6), name
+        for name in ("accuracy", "agreement", "kl"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=4e-6), name
 
     def test_images_are_those_that_the_training_was_tested_on(self, tmp_path, capsys):
         rng = np.random.default_rng(0)
