@@ -105,9 +105,12 @@ class TestEvaluate:
         model.config.problem_type = "multi_label_classification"
         quantize_model(model)
         calibrate_model(model, [torch.randn(4, 3, 16, 16)], disable_progress=True)
-        model.save_pretrained(tmp_path)
+        model.save_pretrained(tmp_path / "student")
+        (tmp_path / "images").mkdir()
+        for index in range(20):
+            PIL.Image.new("RGB", (20, 20), (9 * index, 100, 50)).save(tmp_path / "images" / f"{index}.png")
         with pytest.raises(SystemExit, match="error: .*problem_type='multi_label_classification'"):
-            main(["evaluate", str(tmp_path), "--max_images", "4"])
+            main(["evaluate", str(tmp_path / "student"), "--dataset", str(tmp_path / "images")])
         assert "accuracy" not in capsys.readouterr().out
 
 
