@@ -363,11 +363,11 @@ def record_signedness(model: nn.Module) -> None:
 
 def dequantize_model(model: nn.Module) -> None:
     """Put the plain float layers back, in place: their weights are the quantized values, activations stay in float."""
-    twins = {layer: layer.dequantized() for layer in quantized_layers(model).values()}
     with _undone_on_error(model):
         for module in list(model.modules()):
             if isinstance(module, InterceptedModule):
                 release(module)
+        twins = {layer: layer.dequantized() for layer in quantized_layers(model).values()}
         _replace([*model.modules(), *twins.values()], twins)
         for name in ("quantization_plan", "norms_of_plan"):
             vars(model).pop(name, None)

@@ -96,6 +96,7 @@ def main() -> None:
         use_cpu=True,
         seed=7,
         cache_teacher_logits=options.get("cache"),
+        freeze_batch_norm=False,
     )
     images = Images(160, augmented=options.get("augmented", False))
     images.fingerprint = f"noise of process {RANK}" if options.get("teacher") == "other images" else "noise"

@@ -233,6 +233,7 @@ class TestTwin:
         layer, x, _ = case()
         model = nn.Sequential(layer)
         quantize_model(model, QuantizationConfig())
+        model[0].input_quantizer.requires_grad_(True)  # also of a layer that reads images
         model[0].weight_quantizer.init_range(layer.weight)
         model[0].input_quantizer.init_range(x)
         out = model(x)

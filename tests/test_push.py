@@ -310,7 +310,7 @@ def test_an_upload_that_fails_while_training_is_a_warning(hub, run):
         mine = trainer(sys.argv[1] + "/out", push_to_hub=True, hub_strategy="every_save")
         mine.train()
         assert mine.state.global_step == 4
-        assert ["did not complete" in record.getMessage() for record in said.buffer] == [True, True]
+        assert sum("did not complete" in record.getMessage() for record in said.buffer) == 2
         """
     )
 

@@ -73,6 +73,7 @@ def arguments(folder, **options) -> SQAKDTrainingArguments:
         "use_cpu": True,
         "save_strategy": "no",
         "seed": 7,
+        "freeze_batch_norm": False,  # these teachers were never trained: they have no statistics
     }
     return SQAKDTrainingArguments(**{**defaults, **options})
 
@@ -239,9 +240,10 @@ class TestSample:
 
 
 class TestFrozenBatchNorm:
-    @pytest.mark.parametrize("freezes", [False, True])
+    @pytest.mark.parametrize("freezes", [False, True, "auto", "true", "false"])
     def test_statistics_stay_those_of_the_teacher_and_the_rest_trains(self, tmp_path, freezes):
         trainer = make_trainer(tmp_path, freeze_batch_norm=freezes)
+        freezes = freezes not in (False, "false")
         norms = {n: m for n, m in trainer.model.named_modules() if isinstance(m, nn.BatchNorm2d)}
         before = {name: copy.deepcopy(module.state_dict()) for name, module in norms.items()}
         trainer.train()
@@ -257,6 +259,8 @@ class TestFrozenBatchNorm:
             make_trainer(tmp_path, tiny_vit, freeze_batch_norm=True).train()
         with pytest.raises(InputError, match="choose one"):
             arguments(tmp_path, freeze_batch_norm=True, reestimate_batch_norm=24)
+        with pytest.raises(InputError, match="freeze_batch_norm must be 'auto', True or False, got 'sometimes'"):
+            arguments(tmp_path, freeze_batch_norm="sometimes")
 
 
 class TestOptimizer:

@@ -340,8 +340,8 @@ def get_teacher(script: ScriptArguments, args: DistillationArguments, data: Imag
 
 def load_given_teacher(script: ScriptArguments, name: str) -> PreTrainedModel:
     """Return a trained teacher; refuse arguments that ask for another network than its own."""
-    if script.teacher_from_scratch:
-        raise InputError("--teacher_from_scratch needs labels to train a teacher by, and no --teacher.")
+    if script.teacher_from_scratch and script.teacher is None:
+        raise InputError("--teacher_from_scratch trains a teacher by labels, and the images have none.")
     try:
         model = load_teacher(name)
     except WeightsNotFoundError as error:

@@ -183,7 +183,7 @@ class TestTeacher:
         run(f"--model timm/test_resnet --dataset {trained}/images --teacher {trained}/model")
 
     def test_nothing_is_trained_from_scratch_without_labels(self, run, trained):
-        with pytest.raises(InputError, match="--teacher_from_scratch needs labels"):
+        with pytest.raises(InputError, match="--teacher_from_scratch trains a teacher by labels"):
             run(f"--model {trained}/model --dataset {trained}/images --teacher_from_scratch true")
 
 
