@@ -10,7 +10,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from .hub import hub_is_reachable
-from .objective import parse_objective, reads_labels
 from .plan import QuantizationPlan, bits_of
 from .report import image_count, kept_calibrated, titled_rows
 
@@ -63,6 +62,7 @@ def model_card(
     stored_bytes: int | None = None,
     learning_curve: str | None = None,
     report: str | None = None,
+    with_labels: bool = False,
 ) -> ModelCard:
     """Write the card of a student.
 
@@ -80,6 +80,7 @@ def model_card(
         stored_bytes (`int`, *optional*): Size of the saved weight files.
         learning_curve, report (`str`, *optional*): Names of files beside the card: a picture to show, and the page of
             [`~sqakd_hf.html_report.html_report`].
+        with_labels (`bool`, *optional*, defaults to `False`): Whether the objective read labels.
 
     Returns:
         `ModelCard`: With metadata that the Hub understands, `model-index` included where results are known.
@@ -111,12 +112,12 @@ def model_card(
     sections = [
         f"---\n{data.to_yaml()}\n---\n\n# {name}",
         f"{origin} with {bits} weights and activations (bits of most of its weights), "
-        + (_CALIBRATED if kept_calibrated(results) else f"trained {_method(objective)}"),
+        + (_CALIBRATED if kept_calibrated(results) else f"trained {_method(objective, with_labels)}"),
         f"## Load it\n\n```bash\npip install sqakd_hf\n```\n\n```python\n{snippet}```",
         "## Results\n\n" + _results(results, images) + _files(learning_curve, report),
         "## Size\n\n" + _size(model, stored_bytes),
         "## Bits\n\n" + _bits(plan),
-        "## Training\n\n" + _training(training_arguments, objective, images),
+        "## Training\n\n" + _training(training_arguments, with_labels, images),
     ]
     return ModelCard("\n\n".join(sections) + "\n", ignore_metadata_errors=False)
 
@@ -171,19 +172,19 @@ def _bits(plan: QuantizationPlan) -> str:
     return f"{_table(rows)}\n\n<details><summary>Layer by layer</summary>\n\n```\n{plan}\n```\n\n</details>"
 
 
-def _method(objective: str) -> str:
+def _method(objective: str, with_labels: bool) -> str:
     if objective == "kl":
         return (
             "by self-supervised quantization-aware knowledge distillation "
             "([SQAKD](https://arxiv.org/abs/2403.11106)): the only loss is the divergence from the full-precision "
             "teacher's logits, and no labels are used."
         )
-    labels = "with" if reads_labels(parse_objective(objective)) else "without"
+    labels = "with" if with_labels else "without"
     return f"by quantization-aware training {labels} labels: the loss is `{objective}` (`kl`: SQAKD's divergence)."
 
 
-def _training(arguments: Mapping[str, Any] | None, objective: str, dataset: str | None) -> str:
-    labels = "with" if reads_labels(parse_objective(objective)) else "without"
+def _training(arguments: Mapping[str, Any] | None, with_labels: bool, dataset: str | None) -> str:
+    labels = "with" if with_labels else "without"
     images = f"Images: {dataset}, {labels} labels." if dataset else "The training images were not recorded."
     if not arguments:
         return images

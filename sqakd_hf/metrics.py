@@ -5,8 +5,9 @@ import evaluate
 import numpy as np
 import torch
 
+from .distributions import check_distribution
 from .errors import InputError
-from .losses import check_distribution, distillation_loss
+from .losses import distillation_loss
 
 
 _CITATION = "Zhao and Zhao. Self-Supervised Quantization-Aware Knowledge Distillation. AISTATS 2024."

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .distributions import check_distribution, class_dim, no_distribution
 from .errors import InputError, quote
-from .losses import check_distribution, class_dim, no_distribution
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ from .non_finite import (
     first_non_finite_layer,
     first_non_finite_parameter,
 )
-from .objective import Features, feature_terms, parse_objective, total_loss
+from .objective import Features, feature_terms, parse_objective, reads_labels, total_loss
 from .oscillation import OscillationFreezer, dampening_loss, ramp
 from .outputs import Prediction, predict, require_classes
 from .progressive import ProgressiveBits
@@ -1043,6 +1043,7 @@ class SQAKDTrainer(Trainer):
                 stored_bytes=weight_bytes(folder) or None,
                 learning_curve=curve,
                 report=report,
+                with_labels=reads_labels(self._objective),
             )
             card.save(os.path.join(folder, "README.md"))
 

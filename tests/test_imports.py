@@ -15,7 +15,8 @@ import sqakd_hf
 ROOT = Path(sqakd_hf.__file__).parent
 # A module imports from lower layers only; the modules of the package `quantizers` count as one.
 LAYERS = [
-    {"errors", "functional", "hub", "recompute", "repeatable", "timing"},
+    {"errors"},
+    {"distributions", "functional", "hub", "recompute", "repeatable", "timing"},
     {
         "losses",
         "feature_losses",
