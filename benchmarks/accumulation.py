@@ -3,7 +3,7 @@
     python benchmarks/accumulation.py
 
 An optimizer step over four batches, LSQ W4A4, against the same four batches in float32: with each batch quantizing the
-weights for itself, and with `sqakd_hf.accumulation.SharedWeights`, as `SQAKDTrainer` does under
+weights for itself, and with `sqakd_hf.layers.shared_weights.SharedWeights`, as `SQAKDTrainer` does under
 `gradient_accumulation_steps`. One process, one step each in turn, one thread; medians over the rounds.
 """
 
@@ -16,8 +16,8 @@ from measure import Step, begin, parser_of_steps
 from torch import nn
 from train_step import FLOAT, NETWORKS, build, student_of
 
-from sqakd_hf.accumulation import SharedWeights
-from sqakd_hf.timing import interleaved, ratios
+from sqakd_hf.export.timing import interleaved, ratios
+from sqakd_hf.layers.shared_weights import SharedWeights
 
 
 BATCHES = 4

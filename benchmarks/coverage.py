@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from sqakd_hf import InputError, QuantizationConfig, build_model, calibrate_model, quantize_model
-from sqakd_hf.outputs import predict
+from sqakd_hf.outputs.forward import predict
 
 
 ROOT = Path(__file__).parent.parent

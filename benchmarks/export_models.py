@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageClassification, ResNetConfig, ViTConfig
 
 from sqakd_hf import QuantizationConfig, build_model, calibrate_model, export_onnx, quantize_model, quantized_layers
-from sqakd_hf.quantizers import FakeQuantizer
+from sqakd_hf.quantization.quantizers import FakeQuantizer
 
 
 LITE0 = "EfficientNet-Lite0, ImageNet"

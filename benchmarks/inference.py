@@ -22,9 +22,9 @@ from measure import begin, parser_of_steps
 from torch import nn
 
 from sqakd_hf import QuantizationConfig, build_model, calibrate_model, export_onnx, quantize_model
-from sqakd_hf.convert import dequantize_model
+from sqakd_hf.conversion.convert import dequantize_model
 from sqakd_hf.export.latency import REPEATS, Run, engine_runs, export_float, repeat
-from sqakd_hf.timing import interleaved, ratios
+from sqakd_hf.export.timing import interleaved, ratios
 
 
 NETWORKS = {

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from sqakd_hf.recompute import recompute_quantized
+from sqakd_hf.quantization.recompute import recompute_quantized
 
 
 def parser_of_steps(description: str, networks: Sequence[str]) -> argparse.ArgumentParser:

@@ -39,9 +39,9 @@ from sqakd_hf import (
     load_teacher,
     quantize_model,
 )
-from sqakd_hf.modeling import preprocessing
-from sqakd_hf.objective import feature_terms, parse_objective
-from sqakd_hf.teacher import Teacher
+from sqakd_hf.distillation.teacher import Teacher
+from sqakd_hf.hub.loading import preprocessing
+from sqakd_hf.research.objective import feature_terms, parse_objective
 
 
 SIZE, BATCH, CLASSES = 28, 64, 10

@@ -18,8 +18,8 @@ from torch import nn
 from train_step import student_of
 
 from sqakd_hf import build_model
-from sqakd_hf.teacher import Teacher
-from sqakd_hf.timing import interleaved, ratios
+from sqakd_hf.distillation.teacher import Teacher
+from sqakd_hf.export.timing import interleaved, ratios
 
 
 # Name: architecture, side of the images in pixels, batch.

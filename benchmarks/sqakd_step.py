@@ -17,8 +17,8 @@ from torch import nn
 from train_step import FLOAT, NETWORKS, build, student_of
 
 from sqakd_hf import distillation_loss
-from sqakd_hf.teacher import Teacher
-from sqakd_hf.timing import interleaved, ratios
+from sqakd_hf.distillation.teacher import Teacher
+from sqakd_hf.export.timing import interleaved, ratios
 
 
 FLOOR = "floor: float32 student, float32 teacher"

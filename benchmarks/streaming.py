@@ -28,9 +28,9 @@ from sqakd_hf import (
     load_teacher,
     quantize_model,
 )
-from sqakd_hf.checkpoint import last_checkpoint
+from sqakd_hf.distillation.checkpoint import last_checkpoint
 from sqakd_hf.errors import InputError
-from sqakd_hf.modeling import preprocessing
+from sqakd_hf.hub.loading import preprocessing
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "run_sqakd.py"

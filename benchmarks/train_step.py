@@ -20,8 +20,8 @@ from peers import build_peers
 from torch import nn
 
 from sqakd_hf import QuantizationConfig, build_model, calibrate_model, quantize_model
-from sqakd_hf.recompute import recompute_quantized
-from sqakd_hf.timing import interleaved, ratios
+from sqakd_hf.export.timing import interleaved, ratios
+from sqakd_hf.quantization.recompute import recompute_quantized
 
 
 FLOAT, COMPILED_FLOAT = "float32", "torch.compile(float32)"

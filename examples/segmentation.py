@@ -26,7 +26,7 @@ from sqakd_hf import (
     SQAKDTrainingArguments,
     quantize_model,
 )
-from sqakd_hf.outputs import predict
+from sqakd_hf.outputs.forward import predict
 
 
 CLASSES = ("background", "disk", "square", "triangle")

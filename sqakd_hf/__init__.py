@@ -3,20 +3,25 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .configuration import QuantizationConfig
-from .convert import calibrate_model, is_calibrated, quantize_model, quantized_layers
+from .conversion.config import QuantizationConfig
+from .conversion.convert import calibrate_model, is_calibrated, quantize_model, quantized_layers
+from .conversion.plan import LayerPlan, QuantizationPlan, plan_quantization
+from .distillation.losses import distillation_loss
 from .errors import ExportMismatchError, InputError
-from .functional import fake_quantize
-from .hf_quantizer import SQAKDHfQuantizer
-from .layers import QuantizedLayer, register_quantized_layer
-from .losses import distillation_loss
-from .plan import LayerPlan, QuantizationPlan, plan_quantization
-from .quantizers import FakeQuantizer, create_quantizer, list_quantizers, register_quantizer
+from .hub.hf_quantizer import SQAKDHfQuantizer
+from .layers.quantized_layer import QuantizedLayer, register_quantized_layer
+from .quantization.functional import fake_quantize
+from .quantization.quantizers import FakeQuantizer, create_quantizer, list_quantizers, register_quantizer
 
 
 if TYPE_CHECKING:
-    from .collator import ImageCollator
-    from .data import ImageData, load_image_data, split_holdout
+    from .data.collator import ImageCollator
+    from .data.dataset import ImageData, load_image_data, split_holdout
+    from .data.transforms import ImageTransform
+    from .distillation.interrupt import InterruptCallback
+    from .distillation.metrics import TeacherAgreement, TeacherDivergence, TopKAccuracy
+    from .distillation.trainer import SQAKDTrainer
+    from .distillation.training_args import SQAKDTrainingArguments
     from .export import (
         DeployReport,
         ExportCheck,
@@ -27,12 +32,7 @@ if TYPE_CHECKING:
         measure_latency,
         verify_export,
     )
-    from .interrupt import InterruptCallback
-    from .metrics import TeacherAgreement, TeacherDivergence, TopKAccuracy
-    from .modeling import WeightsNotFoundError, build_model, load_teacher
-    from .trainer import SQAKDTrainer
-    from .training_args import SQAKDTrainingArguments
-    from .transforms import ImageTransform
+    from .hub.loading import WeightsNotFoundError, build_model, load_teacher
 
 __version__ = "0.1.0.dev0"
 
@@ -82,10 +82,10 @@ __all__ = [
 
 # Loaded on first use: transformers' Trainer takes seconds to import, `datasets` and `evaluate` one more.
 _LAZY = {
-    "ImageCollator": "collator",
-    "ImageData": "data",
-    "load_image_data": "data",
-    "split_holdout": "data",
+    "ImageCollator": "data.collator",
+    "ImageData": "data.dataset",
+    "load_image_data": "data.dataset",
+    "split_holdout": "data.dataset",
     "DeployReport": "export",
     "deploy_report": "export",
     "ExportCheck": "export",
@@ -94,16 +94,16 @@ _LAZY = {
     "LatencyReport": "export",
     "measure_latency": "export",
     "verify_export": "export",
-    "InterruptCallback": "interrupt",
-    "TeacherAgreement": "metrics",
-    "TeacherDivergence": "metrics",
-    "TopKAccuracy": "metrics",
-    "WeightsNotFoundError": "modeling",
-    "build_model": "modeling",
-    "load_teacher": "modeling",
-    "SQAKDTrainer": "trainer",
-    "SQAKDTrainingArguments": "training_args",
-    "ImageTransform": "transforms",
+    "InterruptCallback": "distillation.interrupt",
+    "TeacherAgreement": "distillation.metrics",
+    "TeacherDivergence": "distillation.metrics",
+    "TopKAccuracy": "distillation.metrics",
+    "WeightsNotFoundError": "hub.loading",
+    "build_model": "hub.loading",
+    "load_teacher": "hub.loading",
+    "SQAKDTrainer": "distillation.trainer",
+    "SQAKDTrainingArguments": "distillation.training_args",
+    "ImageTransform": "data.transforms",
 }
 
 

@@ -5,6 +5,7 @@ import importlib
 import json
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,77 +14,77 @@ import sqakd_hf
 
 
 ROOT = Path(sqakd_hf.__file__).parent
-# A module imports from lower layers only; the modules of the package `quantizers` count as one.
-LAYERS = [
-    {"errors"},
-    {"distributions", "functional", "hub", "recompute", "repeatable", "timing"},
-    {
-        "losses",
-        "feature_losses",
-        "quantizers",
-        "packing",
-        "checkpoint",
-        "collator",
-        "measurements",
-        "models",
-        "stream",
-    },
-    {"metrics", "layers", "configuration", "outputs", "teacher_cache", "record"},
-    {"standardized", "multihead", "interception", "teacher", "accumulation", "oscillation"},
-    {"timm_layers", "bit_layers", "trace"},
-    {"plan"},
-    {"convert", "manifest", "report", "processors", "transforms", "sources", "features"},
-    {
-        "data",
-        "modeling",
-        "interrupt",
-        "non_finite",
-        "objective",
-        "delta",
-        "progressive",
-        "layer_error",
-        "html_report",
-        "last_batch",
-    },
-    {"training_args", "card"},
-    {"push"},
-    {"hf_quantizer"},
-    {"trainer", "export"},
-    {"cli"},
-    {"__main__"},
-    {"__init__"},
+# A folder (or a module beside the folders) imports from those before it; those of one line know nothing of each other.
+ORDER = [
+    "errors",
+    "hub_access",
+    "data | quantization",
+    "layers",
+    "outputs",
+    "conversion",
+    "research",
+    "reporting",
+    "hub",
+    "export | distillation",
+    "cli",
+    "__main__",
+    "__init__",
 ]
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split(" | ")}
 MAY_IMPORT_TRANSFORMERS = {
-    "bit_layers",  # itself imported when a model has a layer of BiT
-    "configuration",
-    "card",
-    "push",
-    "hf_quantizer",
-    "training_args",
-    "interrupt",
-    "last_batch",
-    "modeling",
-    "processors",
-    "record",
-    "trainer",
+    "layers/transformers_layers.py",  # itself imported when a model has a layer of BiT
+    "conversion/config.py",
+    "reporting/training_record.py",
+    "hub",
     "export",
+    "distillation/interrupt.py",
+    "distillation/last_batch.py",
+    "distillation/trainer.py",
+    "distillation/training_args.py",
     "cli",
 }
 # Imported inside functions, so that `import sqakd_hf` stays quick and each is needed only where it is used.
 LATE = {"timm", "datasets", "evaluate", "torchvision", "sklearn", "matplotlib", "onnx", "onnx_ir", "onnxruntime"}
-# timm_layers, models and export are themselves imported late: when a model has a layer of timm's own, or is named.
+# timm_layers, paper_networks and export are themselves imported late: when a model has a layer of timm's own, or is
+# named.
 MAY_IMPORT_EARLY = {
-    "metrics": {"datasets", "evaluate"},
-    "timm_layers": {"timm"},
-    "models": {"timm", "torchvision"},
+    "distillation/metrics.py": {"datasets", "evaluate"},
+    "layers/timm_layers.py": {"timm"},
+    "hub/paper_networks.py": {"timm", "torchvision"},
     "export": {"onnx", "onnx_ir", "onnxruntime"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in FILES}
 
 
-def module_of(path):
-    """The name in LAYERS that a file belongs to."""
+def place_of(path):
+    """The name in ORDER that a file belongs to."""
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def listed(path, names):
+    """Those of a list (or a table) of files and folders under which `path` falls."""
+    inside = path.relative_to(ROOT)
+    return [name for name in names if name in (str(inside), inside.parts[0])]
+
+
+def named_modules(path, tree=None):
+    """Yield absolute dotted names of modules that `path` imports by a string, if it imports by strings at all."""
+    tree = ast.parse(path.read_text()) if tree is None else tree
+    if not any(isinstance(node, ast.Name | ast.alias) and _name(node) == "import_module" for node in ast.walk(tree)):
+        if not any(isinstance(node, ast.Attribute) and node.attr == "import_module" for node in ast.walk(tree)):
+            return
+    folder = path.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            name = node.value.removeprefix("sqakd_hf.").lstrip(".")
+            for module in (name, ".".join([*folder, name])):
+                if name and module in MODULES:
+                    yield f"sqakd_hf.{module}"
+
+
+def _name(node):
+    return node.id if isinstance(node, ast.Name) else node.name
 
 
 def imported_modules(path, nodes=None):
@@ -118,35 +119,65 @@ def each_file(test):
     return pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))(test)
 
 
+def edges(names):
+    """Yield those of absolute dotted names that are modules of this package, or in one, without `sqakd_hf`."""
+    for name in names:
+        package, *rest = name.split(".")
+        if package == "sqakd_hf":
+            # The longest part of the name that is a module; a bare name such as sqakd_hf.InputError is of __init__.
+            known = (".".join(rest[:n]) for n in range(len(rest), 0, -1))
+            yield next((module for module in known if module in MODULES), "__init__")
+
+
 class TestDirection:
     @each_file
-    def test_every_module_has_its_layer(self, path):
-        assert module_of(path) in set.union(*LAYERS), f"{path.name} is missing in LAYERS"
+    def test_every_module_has_its_place(self, path):
+        assert place_of(path) in LEVEL, f"{path.name} is missing in ORDER"
 
-    def test_layers_name_a_module_once(self):
-        assert sum(map(len, LAYERS)) == len(set.union(*LAYERS))
+    def test_few_modules_stand_beside_the_folders(self):
+        assert len([path for path in ROOT.glob("*.py") if not path.name.startswith("__")]) <= 4
 
     @each_file
-    def test_imports_point_down(self, path):
-        level = {name: i for i, names in enumerate(LAYERS) for name in names}
-        module = module_of(path)
-        for name in imported_modules(path):
-            package, *rest = name.split(".")
-            if package != "sqakd_hf":
-                continue
-            # A bare name such as sqakd_hf.InputError comes from __init__, which is above everything.
-            target = rest[0] if rest and rest[0] in level else "__init__"
-            assert target == module or level[target] < level[module], f"{path.name} must not import {target}"
+    def test_imports_point_one_way(self, path):
+        place = place_of(path)
+        for module in edges([*imported_modules(path), *named_modules(path)]):
+            target = module.split(".")[0]
+            assert target == place or LEVEL[target] < LEVEL[place], f"{path.name} must not import {module}"
+
+    def test_no_module_imports_itself_through_others(self):
+        graph = {}
+        for path in FILES:
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            # A registry may load what registers with it, by a string; and `from . import x` names the folder too.
+            targets = edges(imported_modules(path))
+            graph[module] = {target for target in targets if not f"{module}.".startswith(f"{target}.")}
+        try:
+            list(TopologicalSorter(graph).static_order())
+        except CycleError as error:
+            pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
+
+    @pytest.mark.parametrize(
+        ("source", "modules"),
+        [
+            ('from importlib import import_module\nimport_module("sqakd_hf.cli.distill")', ["sqakd_hf.cli.distill"]),
+            ('import importlib\nimportlib.import_module("base")', ["sqakd_hf.quantization.quantizers.base"]),
+            ('print("cli.distill")', []),
+        ],
+    )
+    def test_modules_that_a_string_names_are_seen(self, source, modules):
+        path = ROOT / "quantization" / "quantizers" / "lsq.py"
+        assert list(named_modules(path, ast.parse(source))) == modules
 
     @each_file
     def test_few_modules_import_transformers(self, path):
         if any(name.split(".")[0] == "transformers" for name in imported_modules(path)):
-            assert module_of(path) in MAY_IMPORT_TRANSFORMERS
+            assert listed(path, MAY_IMPORT_TRANSFORMERS)
 
     @each_file
     def test_heavy_packages_are_imported_where_they_are_used(self, path):
         early = {name.split(".")[0] for name in module_level_imports(path)}
-        assert early & LATE <= MAY_IMPORT_EARLY.get(module_of(path), set())
+        allowed = set().union(*(MAY_IMPORT_EARLY[name] for name in listed(path, MAY_IMPORT_EARLY)))
+        assert early & LATE <= allowed
 
     @each_file
     def test_nothing_is_imported_by_star(self, path):
@@ -156,16 +187,16 @@ class TestDirection:
         ("source", "names"),
         [
             ("import transformers.utils", ["transformers.utils"]),
-            ("from ..errors import InputError", ["sqakd_hf.errors.InputError"]),
-            ("from . import base", ["sqakd_hf.quantizers.base"]),
-            ("from .. import trainer", ["sqakd_hf.trainer"]),
-            ("from ..layers import A, B", ["sqakd_hf.layers.A", "sqakd_hf.layers.B"]),
+            ("from ...errors import InputError", ["sqakd_hf.errors.InputError"]),
+            ("from . import base", ["sqakd_hf.quantization.quantizers.base"]),
+            ("from .. import packing", ["sqakd_hf.quantization.packing"]),
+            ("from ..packing import A, B", ["sqakd_hf.quantization.packing.A", "sqakd_hf.quantization.packing.B"]),
             ("def f():\n    import timm", ["timm"]),
         ],
     )
     def test_names_are_resolved(self, source, names):
         nodes = ast.walk(ast.parse(source))
-        assert list(imported_modules(ROOT / "quantizers" / "lsq.py", nodes)) == names
+        assert list(imported_modules(ROOT / "quantization" / "quantizers" / "lsq.py", nodes)) == names
 
     @pytest.mark.parametrize(
         ("source", "names"),
@@ -180,7 +211,7 @@ class TestDirection:
     )
     def test_what_runs_at_import_is_told_from_what_does_not(self, source, names):
         nodes = run_at_import(ast.parse(source).body)
-        assert list(imported_modules(ROOT / "data.py", nodes)) == names
+        assert list(imported_modules(ROOT / "data" / "sources.py", nodes)) == names
 
 
 class TestImport:
@@ -195,7 +226,7 @@ class TestImport:
             "import sqakd_hf\n"
             "assert random.getstate() == state\n"
             "print(json.dumps(sorted(sys.modules)))\n"
-            "assert sqakd_hf.ImageCollator is sys.modules['sqakd_hf.collator'].ImageCollator\n"
+            "assert sqakd_hf.ImageCollator is sys.modules['sqakd_hf.data.collator'].ImageCollator\n"
             "print(json.dumps(sorted(sys.modules)))"
         )
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -213,8 +244,8 @@ class TestImport:
     def test_loads_the_rest_on_first_use(self, fresh):
         before, after = (set(json.loads(line)) for line in fresh.stdout.splitlines())
         loaded = {name for name in after - before if name.startswith("sqakd_hf")}
-        assert loaded == {"sqakd_hf.collator"}
-        assert not {"sqakd_hf.data", "sqakd_hf.modeling", "sqakd_hf.trainer"} & after
+        assert loaded == {"sqakd_hf.data", "sqakd_hf.data.collator"}
+        assert not {"sqakd_hf.data.dataset", "sqakd_hf.hub.loading", "sqakd_hf.distillation.trainer"} & after
 
 
 WITHOUT_ONNX = """

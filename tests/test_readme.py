@@ -4,9 +4,10 @@ import sys
 from pathlib import Path
 
 from sqakd_hf import is_calibrated
+from tests.helpers.paths import ROOT
 
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
@@ -30,7 +31,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
 
 
 def test_the_two_commands_are_the_ones_that_ci_and_the_example_know():
-    root = Path(__file__).parents[1]
+    root = ROOT
     commands = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     assert commands[0].strip() in "pip install -e . && accelerate launch examples/run_sqakd.py --model timm/resnet18"
     install, test = (part.strip() for part in commands[1].split("&&"))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..export import measure_latency
-from ..record import to_json
+from ..reporting.training_record import to_json
 from .quantization_arguments import parse_with_quantization
 from .students import student_or_plan
 

@@ -25,15 +25,20 @@ import torch
 import transformers
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from ..checkpoint import last_checkpoint
-from ..collator import ImageCollator
-from ..convert import quantize_model
-from ..data import ImageData, is_labelled, load_image_data, split_holdout
+from ..conversion.convert import quantize_model
+from ..conversion.plan import plan_quantization
+from ..data.collator import ImageCollator
+from ..data.dataset import ImageData, is_labelled, load_image_data, split_holdout
+from ..data.reproducible import own_random_numbers
+from ..data.transforms import AUGMENTATIONS, ImageTransform
+from ..distillation.checkpoint import last_checkpoint
+from ..distillation.interrupt import InterruptCallback
+from ..distillation.last_batch import check_last_batch
+from ..distillation.metrics import TopKAccuracy
+from ..distillation.trainer import ARGUMENTS_FILE, SQAKDTrainer
+from ..distillation.training_args import SQAKDTrainingArguments
 from ..errors import InputError
-from ..interrupt import InterruptCallback
-from ..last_batch import check_last_batch
-from ..metrics import TopKAccuracy
-from ..modeling import (
+from ..hub.loading import (
     Preprocessing,
     WeightsNotFoundError,
     build_model,
@@ -42,14 +47,9 @@ from ..modeling import (
     preprocessing,
     record_preprocessing,
 )
-from ..objective import parse_objective, reads_labels
-from ..plan import plan_quantization
-from ..record import to_json
-from ..repeatable import own_random_numbers
-from ..report import results_table
-from ..trainer import ARGUMENTS_FILE, SQAKDTrainer
-from ..training_args import SQAKDTrainingArguments
-from ..transforms import AUGMENTATIONS, ImageTransform
+from ..reporting.tables import results_table
+from ..reporting.training_record import to_json
+from ..research.objective import parse_objective, reads_labels
 from .quantization_arguments import QuantizationArguments, parse_json
 from .students import class_names
 

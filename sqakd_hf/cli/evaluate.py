@@ -18,14 +18,14 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..collator import ImageCollator
-from ..data import ImageData, is_labelled, load_image_data
-from ..losses import check_same_classes
-from ..metrics import TeacherAgreement, TeacherDivergence, TopKAccuracy
-from ..modeling import Preprocessing, load_teacher, num_classes, preprocessing
-from ..outputs import predict
-from ..record import to_json
-from ..transforms import ImageTransform
+from ..data.collator import ImageCollator
+from ..data.dataset import ImageData, is_labelled, load_image_data
+from ..data.transforms import ImageTransform
+from ..distillation.losses import check_same_classes
+from ..distillation.metrics import TeacherAgreement, TeacherDivergence, TopKAccuracy
+from ..hub.loading import Preprocessing, load_teacher, num_classes, preprocessing
+from ..outputs.forward import predict
+from ..reporting.training_record import to_json
 from .students import class_names, load_student
 
 

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from ..export import export_onnx
-from ..record import to_json
+from ..reporting.training_record import to_json
 from .students import load_student
 
 

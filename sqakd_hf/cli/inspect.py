@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..convert import is_calibrated
+from ..conversion.convert import is_calibrated
 from ..errors import InputError
-from ..html_report import html_report
-from ..record import TrainingRecord, to_json
+from ..reporting.html_report import html_report
+from ..reporting.training_record import TrainingRecord, to_json
 from .quantization_arguments import parse_with_quantization
 from .students import student_or_plan
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from ..configuration import QuantizationConfig
+from ..conversion.config import QuantizationConfig
 from ..errors import InputError, suggest
 
 

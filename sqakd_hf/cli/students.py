@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..convert import quantize_model, quantized_layers
+from ..conversion.convert import quantize_model, quantized_layers
 from ..errors import InputError
-from ..modeling import WeightsNotFoundError, build_model, load_teacher
+from ..hub.loading import WeightsNotFoundError, build_model, load_teacher
 from .quantization_arguments import QuantizationArguments
 
 

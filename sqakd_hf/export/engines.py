@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ..plan import Coverage
+from ..conversion.plan import Coverage
 from .graph import MOVES
 from .placement import Placement
 

@@ -16,10 +16,10 @@ import onnxruntime
 import torch
 from torch import nn
 
-from ..convert import is_calibrated
+from ..conversion.convert import is_calibrated
 from ..errors import InputError, first_line, quote
-from ..hub import hub_id
-from ..modeling import Preprocessing
+from ..hub.loading import Preprocessing
+from ..hub_access import hub_id
 from .engines import DeployReport, kernels
 from .lowering import CONTAINERS, lower
 from .placement import Placement

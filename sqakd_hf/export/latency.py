@@ -16,12 +16,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..convert import dequantize_model
+from ..conversion.convert import dequantize_model
 from ..errors import InputError
-from ..outputs import predict
-from ..timing import interleaved, ratios
+from ..outputs.forward import predict
 from .exporter import export_onnx
 from .preparation import noise, require_student, with_ranges
+from .timing import interleaved, ratios
 from .tracing import INPUT, Outputs, trace
 
 

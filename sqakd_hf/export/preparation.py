@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..convert import calibrate_model, is_calibrated, quantized_layers, require_planned_layers
+from ..conversion.convert import calibrate_model, is_calibrated, quantized_layers, require_planned_layers
+from ..conversion.trace import example_images, image_channels
 from ..errors import InputError, first_line
-from ..modeling import Preprocessing, load_teacher, preprocessing
-from ..trace import example_images, image_channels
+from ..hub.loading import Preprocessing, load_teacher, preprocessing
 
 
 EXAMPLES = 8

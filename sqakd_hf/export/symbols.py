@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..convert import quantized_layers
-from ..layers import QuantizedLayer
-from ..quantizers import FakeQuantizer
+from ..conversion.convert import quantized_layers
+from ..layers.quantized_layer import QuantizedLayer
+from ..quantization.quantizers import FakeQuantizer
 from .tracing import Outputs
 
 
@@ -27,7 +27,7 @@ class Symbolic(Outputs):
 
     Args:
         student (`nn.Module`): Calibrated.
-        output_field (`str`, *optional*): See [`~sqakd_hf.outputs.predict`].
+        output_field (`str`, *optional*): See [`~sqakd_hf.outputs.forward.predict`].
     """
 
     def __init__(self, student: nn.Module, output_field: str | None = None) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError, first_line
-from ..outputs import predict
+from ..outputs.forward import predict
 
 
 INPUT, OUTPUTS = "pixel_values", ("logits", "pred_boxes")

@@ -14,10 +14,10 @@ from onnx import numpy_helper
 from torch import nn
 from tqdm import tqdm
 
-from ..convert import quantized_layers
+from ..conversion.convert import quantized_layers
 from ..errors import ExportMismatchError, InputError
-from ..outputs import Prediction, predict
-from ..quantizers import FakeQuantizer
+from ..outputs.forward import Prediction, predict
+from ..quantization.quantizers import FakeQuantizer
 from .placement import Placement
 
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sqakd_hf import QuantizationConfig, calibrate_model, quantize_model
-from sqakd_hf import data as data_module
 from sqakd_hf.cli import COMMANDS, distill, evaluate, main
+from sqakd_hf.data import dataset as data_module
 from tests.conftest import tiny_vit
 
 

@@ -3,7 +3,6 @@ import logging
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -12,11 +11,12 @@ import torch
 
 from sqakd_hf import ImageTransform, InputError, build_model, load_teacher
 from sqakd_hf.cli import distill, evaluate
-from sqakd_hf.modeling import preprocessing
+from sqakd_hf.hub.loading import preprocessing
 from tests.conftest import tiny_vit
+from tests.helpers.paths import ROOT
 
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "run_sqakd.py"
+SCRIPT = ROOT / "examples" / "run_sqakd.py"
 QUICK = "--max_steps 2 --max_train_images 60 --max_test_images 30 --use_cpu true --disable_tqdm true"
 
 

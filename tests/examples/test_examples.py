@@ -3,10 +3,11 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
+
+from tests.helpers.paths import ROOT
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def run(name, *arguments):

@@ -3,15 +3,15 @@
 import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from sqakd_hf import InputError, build_model
+from tests.helpers.paths import ROOT
 
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "paper" / "run.py"
+SCRIPT = ROOT / "examples" / "paper" / "run.py"
 RECIPES = sorted(SCRIPT.parent.glob("recipes/*.json"))
 QUICK = (
     "--dataset digits --max_steps 2 --max_train_images 40 --max_test_images 20 --use_cpu true --disable_tqdm true "

@@ -18,8 +18,8 @@ from sqakd_hf import (
     quantize_model,
     verify_export,
 )
-from sqakd_hf.html_report import html_report
-from sqakd_hf.modeling import preprocessing
+from sqakd_hf.hub.loading import preprocessing
+from sqakd_hf.reporting.html_report import html_report
 
 
 SIZE = 32

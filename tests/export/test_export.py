@@ -29,7 +29,7 @@ from sqakd_hf import (
     verify_export,
 )
 from sqakd_hf.export import verification
-from sqakd_hf.quantizers import base
+from sqakd_hf.quantization.quantizers import base
 from tests.conftest import IMAGE_SIZE, TinyConvNet, tiny_vit
 
 

@@ -1,0 +1,1 @@
+"""From a student and its teacher to a trained student."""

@@ -1,0 +1,44 @@
+"""Training checkpoints on disk: which of them are complete."""
+
+import json
+import logging
+import os
+import re
+
+from ..errors import InputError, quote
+
+
+logger = logging.getLogger(__name__)
+
+# Trainer writes it last.
+STATE_FILE = "trainer_state.json"
+
+
+def is_complete(folder: str) -> bool:
+    """Tell whether the process that wrote the checkpoint `folder` got to its end."""
+    try:
+        with open(os.path.join(folder, STATE_FILE), encoding="utf-8") as file:
+            return "global_step" in json.load(file)
+    except (OSError, ValueError):
+        return False
+
+
+def last_checkpoint(folder: str) -> str:
+    """Return the path of the last complete checkpoint in an output `folder`; warn of half-written ones.
+
+    Raises:
+        `InputError`: There is none.
+    """
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    matches = (re.fullmatch(r"checkpoint-(\d+)", name) for name in names)
+    steps = sorted((int(match[1]) for match in matches if match), reverse=True)
+    broken = []
+    for step in steps:
+        path = os.path.join(folder, f"checkpoint-{step}")
+        if is_complete(path):
+            if broken:
+                logger.warning("Half-written and passed over: %s. Resuming from %s.", ", ".join(broken), path)
+            return path
+        broken.append(path)
+    found = f"only half-written ones: {quote(broken)}" if broken else "none at all"
+    raise InputError(f"There is no complete checkpoint in {folder!r} to resume from, {found}. Start the run anew.")

@@ -1,0 +1,1 @@
+"""Modules that compute with codes, and how they find their place in a model."""

@@ -1,0 +1,1 @@
+"""Tensor to codes to tensor: the mathematics, the quantizers, packing. Needs torch alone."""

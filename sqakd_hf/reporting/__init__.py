@@ -1,0 +1,1 @@
+"""What a person reads: tables, plots, the HTML report, and the record that they are made of."""

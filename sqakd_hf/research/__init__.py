@@ -1,0 +1,1 @@
+"""What serves the comparison with papers, and is off by default."""
