@@ -17,7 +17,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 import sqakd_hf
 from sqakd_hf import QuantizationConfig, SQAKDTrainer, SQAKDTrainingArguments
-from tests.conftest import TinyConvNet, tiny_vit
+from tests.helpers.models import TinyConvNet, tiny_vit
 
 
 FUZZ = settings(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from sqakd_hf import QuantizationConfig, calibrate_model, quantize_model
 from sqakd_hf.cli import COMMANDS, distill, evaluate, main
 from sqakd_hf.data import dataset as data_module
-from tests.conftest import tiny_vit
+from tests.helpers.models import tiny_vit
 
 
 @pytest.fixture(scope="module", params=["timm", "native"])

@@ -12,7 +12,7 @@ import torch
 from sqakd_hf import ImageTransform, InputError, build_model, load_teacher
 from sqakd_hf.cli import distill, evaluate
 from sqakd_hf.hub.loading import preprocessing
-from tests.conftest import tiny_vit
+from tests.helpers.models import tiny_vit
 from tests.helpers.paths import ROOT
 
 

@@ -33,7 +33,7 @@ from sqakd_hf.distillation.layer_sqnr import layer_sqnr
 from sqakd_hf.layers import quantized_layer as layers_module
 from sqakd_hf.outputs.forward import predict, run_model
 from sqakd_hf.research.ewgs_delta import estimate_delta
-from tests.conftest import TinyConvNet, Wrapper, tiny_vit
+from tests.helpers.models import TinyConvNet, Wrapper, tiny_vit
 
 
 QUANTIZERS = ["dorefa", "ewgs", "lsq", "lsq+", "pact", "statsq"]

@@ -10,7 +10,7 @@ from torch import nn
 
 from sqakd_hf import FakeQuantizer, InputError, QuantizationConfig, calibrate_model, plan_quantization, quantize_model
 from sqakd_hf.conversion.convert import dequantize_model
-from tests.distillation.test_trainer import make_trainer
+from tests.helpers.training import make_trainer
 
 
 class Block(nn.Module):

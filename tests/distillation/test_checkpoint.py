@@ -30,7 +30,7 @@ from sqakd_hf import (
     quantized_layers,
 )
 from sqakd_hf.distillation.checkpoint import is_complete, last_checkpoint
-from tests.conftest import CLASSES, tiny_vit
+from tests.helpers.models import CLASSES, tiny_vit
 
 
 def timm_resnet():

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification
 
 from sqakd_hf import QuantizationConfig, quantize_model
 from sqakd_hf.distillation.checkpoint import last_checkpoint
-from tests.conftest import IMAGE_SIZE, TinyConvNet, tiny_vit
+from tests.helpers.models import IMAGE_SIZE, TinyConvNet, tiny_vit
 
 
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]

@@ -7,8 +7,8 @@ from transformers import TrainingArguments
 
 from sqakd_hf import ImageCollator, InputError, SQAKDTrainer
 from sqakd_hf.distillation.last_batch import check_last_batch
-from tests.conftest import CLASSES, TinyConvNet
-from tests.distillation.test_trainer import Images, arguments, models
+from tests.helpers.models import CLASSES, TinyConvNet
+from tests.helpers.training import Images, arguments, models
 
 
 class Pooled(TinyConvNet):

@@ -8,7 +8,7 @@ from transformers import AutoModelForImageClassification
 
 from sqakd_hf import QuantizationConfig, calibrate_model, quantize_model
 from sqakd_hf.distillation.layer_sqnr import layer_sqnr
-from tests.conftest import TinyConvNet, tiny_vit
+from tests.helpers.models import TinyConvNet, tiny_vit
 
 
 class Repeating(nn.Module):

@@ -4,7 +4,7 @@ from transformers import Trainer, TrainerCallback
 
 from sqakd_hf import SQAKDTrainer, calibrate_model
 from sqakd_hf.distillation.nan_diagnostics import NonFiniteError, first_non_finite_gradient, first_non_finite_parameter
-from tests.distillation.test_trainer import Images, arguments, make_trainer, models
+from tests.helpers.training import Images, arguments, make_trainer, models
 
 
 class Break(TrainerCallback):

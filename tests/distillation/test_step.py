@@ -19,8 +19,8 @@ from sqakd_hf import (
     quantize_model,
 )
 from sqakd_hf.hub import paper_networks as sqakd_models
-from tests.conftest import IMAGE_SIZE, TinyConvNet, tiny_vit
-from tests.distillation.test_trainer import make_trainer
+from tests.helpers.models import IMAGE_SIZE, TinyConvNet, tiny_vit
+from tests.helpers.training import make_trainer
 
 
 MODELS = {

@@ -7,8 +7,8 @@ from transformers import Trainer, TrainingArguments
 
 from sqakd_hf import InputError, QuantizationConfig, SQAKDTrainer, SQAKDTrainingArguments, quantize_model
 from sqakd_hf.distillation.teacher import Teacher
-from tests.conftest import IMAGE_SIZE, TinyConvNet, tiny_vit
-from tests.distillation.test_trainer import Images, arguments, make_trainer
+from tests.helpers.models import IMAGE_SIZE, TinyConvNet, tiny_vit
+from tests.helpers.training import Images, arguments, make_trainer
 
 
 class Watch(nn.Module):

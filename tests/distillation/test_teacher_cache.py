@@ -10,8 +10,8 @@ from PIL import Image
 
 from sqakd_hf import ImageTransform, InputError, SQAKDTrainer
 from sqakd_hf.distillation.teacher_cache import LOGITS, cache_teacher_logits
-from tests.conftest import IMAGE_SIZE
-from tests.distillation.test_trainer import Images, ImageStream, arguments, models
+from tests.helpers.models import IMAGE_SIZE
+from tests.helpers.training import Images, ImageStream, arguments, models
 
 
 class Named(Images):

@@ -17,8 +17,8 @@ from sqakd_hf import (
     quantized_layers,
 )
 from sqakd_hf.export.latency import openvino_core
-from tests.conftest import TinyConvNet, tiny_vit
-from tests.export.test_export import noise, optimised, student_of
+from tests.helpers.exporting import noise, optimised, student_of
+from tests.helpers.models import TinyConvNet, tiny_vit
 
 
 # Side of the images, configuration, and how it is exported.

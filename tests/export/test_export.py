@@ -11,7 +11,6 @@ import pytest
 import torch
 from onnx import numpy_helper
 from torch import nn
-from transformers import YolosConfig, YolosForObjectDetection
 
 from sqakd_hf import (
     ExportCheck,
@@ -30,33 +29,8 @@ from sqakd_hf import (
 )
 from sqakd_hf.export import verification
 from sqakd_hf.quantization.quantizers import base
-from tests.conftest import IMAGE_SIZE, TinyConvNet, tiny_vit
-
-
-def noise(count=8, size=IMAGE_SIZE, seed=1):
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
-
-
-def student_of(model, size=IMAGE_SIZE, **config):
-    """A calibrated student whose BatchNorms have slopes of both signs."""
-    generator = torch.Generator().manual_seed(2)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            with torch.no_grad():
-                module.weight.uniform_(-1.5, 1.5, generator=generator)
-                module.bias.normal_(0, 0.3, generator=generator)
-    model.train()(noise(size=size))
-    quantize_model(model, QuantizationConfig(**config))
-    calibrate_model(model, [noise(size=size)], disable_progress=True)
-    return model.eval()
-
-
-def detector():
-    """A tiny YOLOS, for images of 32 pixels."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = YolosConfig(image_size=[32, 32], patch_size=8, num_detection_tokens=4, num_labels=3, **sizes)
-    return YolosForObjectDetection(config)
+from tests.helpers.exporting import detector, noise, optimised, student_of
+from tests.helpers.models import IMAGE_SIZE, TinyConvNet, tiny_vit
 
 
 class EveryQuantizer(nn.Module):
@@ -351,15 +325,6 @@ def test_layers_that_are_called_several_times(tmp_path):
     assert sum(report.check.differing.values()) <= 3 and report.check.agreement == 1
     calls = [placement.call for placement in report.placements if placement.name == "twice.input_quantizer"]
     assert sorted(calls) == [0, 1, 2]
-
-
-def optimised(path):
-    """The graph that ONNX Runtime runs."""
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = f"{path}.optimised"
-    options.log_severity_level = 3
-    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return onnx.load(options.optimized_model_filepath).graph
 
 
 class TestBatchNorm:

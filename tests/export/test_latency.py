@@ -9,8 +9,8 @@ import torch
 
 from sqakd_hf import InputError, QuantizationConfig, build_model, is_calibrated, measure_latency, quantize_model
 from sqakd_hf.export.latency import engine_runs, export_float
-from tests.conftest import TinyConvNet, tiny_vit
-from tests.export.test_export import detector, noise, student_of
+from tests.helpers.exporting import detector, noise, student_of
+from tests.helpers.models import TinyConvNet, tiny_vit
 
 
 def network():

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from sqakd_hf import InterruptCallback, QuantizationConfig, SQAKDTrainer, SQAKDTrainingArguments, quantize_model
 from sqakd_hf.outputs.forward import predict
-from tests.conftest import IMAGE_SIZE, TinyConvNet, tiny_vit
+from tests.helpers.models import IMAGE_SIZE, TinyConvNet, tiny_vit
 
 
 RANK = int(os.environ.get("RANK", 0))

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from sqakd_hf import FakeQuantizer, InputError, QuantizationConfig, calibrate_model, distillation_loss, quantize_model
-from tests.conftest import IMAGE_SIZE, tiny_vit
+from tests.helpers.models import IMAGE_SIZE, tiny_vit
 
 
 def build() -> tuple[torch.nn.Module, torch.nn.Module, torch.Tensor]:

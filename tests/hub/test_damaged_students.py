@@ -23,7 +23,7 @@ from transformers.utils import logging
 from sqakd_hf import InputError, QuantizationConfig, calibrate_model, quantize_model
 from sqakd_hf.hub.manifest import Manifest
 from sqakd_hf.quantization.packing import checksum
-from tests.conftest import tiny_vit
+from tests.helpers.models import tiny_vit
 
 
 EXAMPLES = int(os.environ.get("SQAKD_FUZZ_EXAMPLES", "100"))

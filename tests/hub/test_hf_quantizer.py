@@ -33,7 +33,7 @@ from sqakd_hf import (
     quantize_model,
     quantized_layers,
 )
-from tests.conftest import CLASSES, tiny_vit
+from tests.helpers.models import CLASSES, tiny_vit
 from tests.helpers.paths import TESTS
 
 

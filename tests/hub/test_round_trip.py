@@ -17,7 +17,7 @@ from sqakd_hf import (
     quantize_model,
     quantized_layers,
 )
-from tests.conftest import CLASSES, tiny_vit
+from tests.helpers.models import CLASSES, tiny_vit
 
 
 def native(name, auto_class=AutoModelForImageClassification, **options):

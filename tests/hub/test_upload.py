@@ -20,7 +20,7 @@ from pathlib import Path
 import sqakd_hf
 from sqakd_hf import *
 from sqakd_hf.errors import UploadError
-from tests.conftest import CLASSES, tiny_vit
+from tests.helpers.models import CLASSES, tiny_vit
 from transformers import AutoModelForImageClassification, AutoImageProcessor
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))

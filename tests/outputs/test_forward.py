@@ -30,7 +30,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerForU
 
 from sqakd_hf import InputError
 from sqakd_hf.outputs.forward import Prediction, predict, require_classes
-from tests.conftest import Compiled, Wrapper
+from tests.helpers.models import Compiled, Wrapper
 
 
 def randn(*shape):

@@ -8,7 +8,7 @@ import torch
 from sqakd_hf import QuantizationConfig, calibrate_model, quantize_model, quantized_layers
 from sqakd_hf.reporting.html_report import html_report
 from sqakd_hf.reporting.training_record import TrainingRecord
-from tests.conftest import TinyConvNet
+from tests.helpers.models import TinyConvNet
 
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}

@@ -8,7 +8,7 @@ from sqakd_hf import InputError, QuantizationConfig, quantize_model
 from sqakd_hf.reporting import training_record as record_module
 from sqakd_hf.reporting.html_report import html_report
 from sqakd_hf.reporting.training_record import RECORD_FILE, TrainingRecord, to_json
-from tests.conftest import tiny_vit
+from tests.helpers.models import tiny_vit
 
 
 RECORD = TrainingRecord(

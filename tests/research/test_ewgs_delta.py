@@ -20,8 +20,8 @@ from sqakd_hf import (
 from sqakd_hf.conversion.convert import quantized_layers, quantizers
 from sqakd_hf.research import ewgs_delta as delta
 from sqakd_hf.research.ewgs_delta import estimate_delta
-from tests.conftest import tiny_vit
-from tests.distillation.test_trainer import arguments, assert_same_state, make_trainer, timm_resnet
+from tests.helpers.models import tiny_vit
+from tests.helpers.training import arguments, assert_same_state, make_trainer, timm_resnet
 
 
 class Net(nn.Module):

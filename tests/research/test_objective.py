@@ -14,8 +14,8 @@ from sqakd_hf import InputError, QuantizationConfig, SQAKDTrainer, distillation_
 from sqakd_hf.hub import paper_networks as sqakd_models
 from sqakd_hf.research.features import find_lattice_layer, find_stages
 from sqakd_hf.research.objective import FEATURE_TERMS, TERMS, label_loss, parse_objective
-from tests.conftest import CLASSES, TinyConvNet, tiny_vit
-from tests.distillation.test_trainer import Images, arguments, assert_same_state, make_trainer, models, timm_resnet
+from tests.helpers.models import CLASSES, TinyConvNet, tiny_vit
+from tests.helpers.training import Images, arguments, assert_same_state, make_trainer, models, timm_resnet
 
 
 class TestParsing:

@@ -9,8 +9,8 @@ from sqakd_hf import InputError, QuantizationConfig, calibrate_model, list_quant
 from sqakd_hf.conversion.convert import quantized_layers, reestimate_batch_norm
 from sqakd_hf.quantization.quantizers import DoReFaWeight
 from sqakd_hf.research.oscillation import OscillationFreezer, dampening_loss
-from tests.conftest import TinyConvNet, tiny_vit
-from tests.distillation.test_trainer import Images, arguments, assert_same_state, make_trainer
+from tests.helpers.models import TinyConvNet, tiny_vit
+from tests.helpers.training import Images, arguments, assert_same_state, make_trainer
 
 
 @pytest.fixture(params=list_quantizers())
