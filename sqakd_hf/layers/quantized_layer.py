@@ -50,7 +50,7 @@ class QuantizedLayer(nn.Module):
     channel_axis = 0
     takes_activations = True  # False: the input holds indices, nothing to quantize
     weight_is_on_grid = False
-    shared_weight: torch.Tensor | None = None  # set while several batches share one quantization, see accumulation.py
+    shared_weight: torch.Tensor | None = None  # set while several batches share one quantization, see shared_weights.py
     weight_quantizer: FakeQuantizer
     input_quantizer: FakeQuantizer | None
 
@@ -194,9 +194,9 @@ _FLOAT_CLASS: dict[type[QuantizedLayer], type[nn.Module]] = {}
 # Which module of ours registers the layers of which module: imported when the first of them is met, so that a package
 # nobody uses is never loaded.
 _REGISTERED_BY = {
-    "torch.nn.modules.activation": "multihead",
+    "torch.nn.modules.activation": "attention",
     "timm": "timm_layers",
-    "transformers.models.bit.modeling_bit": "bit_layers",
+    "transformers.models.bit.modeling_bit": "transformers_layers",
 }
 
 
