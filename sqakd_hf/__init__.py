@@ -3,9 +3,11 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .conversion.calibration import calibrate_model
 from .conversion.config import QuantizationConfig
-from .conversion.convert import calibrate_model, is_calibrated, quantize_model, quantized_layers
+from .conversion.convert import quantize_model
 from .conversion.plan import LayerPlan, QuantizationPlan, plan_quantization
+from .conversion.student import is_calibrated, quantized_layers
 from .distillation.losses import distillation_loss
 from .errors import ExportMismatchError, InputError
 from .hub.hf_quantizer import SQAKDHfQuantizer

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..conversion.convert import is_calibrated
+from ..conversion.student import is_calibrated
 from ..errors import InputError
 from ..reporting.html_report import html_report
 from ..reporting.training_record import TrainingRecord, to_json

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..conversion.convert import quantize_model, quantized_layers
+from ..conversion.convert import quantize_model
+from ..conversion.student import quantized_layers
 from ..errors import InputError
 from ..hub.loading import WeightsNotFoundError, build_model, load_teacher
 from .quantization_arguments import QuantizationArguments

@@ -5,13 +5,10 @@ import inspect
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
-from transformers import PretrainedConfig
-from transformers.quantizers import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import InputError, check_bits, suggest
@@ -158,13 +155,6 @@ class QuantizationConfig(QuantizationConfigMixin):
     def layer_options(self) -> dict[str, Any]:
         """Return the options that apply to a layer which no override and no first/last rule touches."""
         return {name: getattr(self, name) for name in LAYER_FIELDS}
-
-    def record(self, model: nn.Module) -> None:
-        """Make a transformers `model` one that saves its weights packed, with this config in its `config.json`."""
-        if isinstance(getattr(model, "config", None), PretrainedConfig):
-            config = self if self.stored is None else replace(self, stored=None)
-            AutoHfQuantizer.from_config(config, pre_quantized=False).attach(model)
-            model.config.quantization_config = config
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict of all fields; `overrides` as a list of `[pattern, options]` pairs, in order."""

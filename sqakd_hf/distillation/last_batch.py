@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainingArguments
 
-from ..conversion.convert import batch_norms
+from ..conversion.student import batch_norms
 from ..data.reproducible import own_random_numbers
 from ..errors import InputError
 from ..outputs.forward import run_model

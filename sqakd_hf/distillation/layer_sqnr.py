@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from ..conversion.convert import quantized_layers
+from ..conversion.student import quantized_layers
 from ..conversion.trace import evaluating
 from ..outputs.forward import run_model
 from ..quantization.functional import widest_float

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..conversion.convert import quantized_layers, quantizers
+from ..conversion.student import quantized_layers, quantizers
 
 
 class NonFiniteError(ArithmeticError):

@@ -25,15 +25,14 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import BestRun, EvalLoopOutput, HubStrategy, SaveStrategy, has_length
 from transformers.utils import PushInProgress
 
-from ..conversion.convert import (
+from ..conversion.calibration import calibrate_model, reestimate_batch_norm
+from ..conversion.convert import require_float32_latents
+from ..conversion.student import (
     batch_norms,
-    calibrate_model,
     is_calibrated,
     quantized_layers,
     quantizers,
     record_signedness,
-    reestimate_batch_norm,
-    require_float32_latents,
     require_planned_layers,
 )
 from ..data.collator import ImageCollator

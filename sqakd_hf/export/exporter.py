@@ -16,7 +16,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from ..conversion.convert import is_calibrated
+from ..conversion.student import is_calibrated
 from ..errors import InputError, first_line, quote
 from ..hub.loading import Preprocessing
 from ..hub_access import hub_id

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..conversion.convert import calibrate_model, is_calibrated, quantized_layers, require_planned_layers
+from ..conversion.calibration import calibrate_model
+from ..conversion.student import is_calibrated, quantized_layers, require_planned_layers
 from ..conversion.trace import example_images, image_channels
 from ..errors import InputError, first_line
 from ..hub.loading import Preprocessing, load_teacher, preprocessing

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..conversion.convert import quantized_layers
+from ..conversion.student import quantized_layers
 from ..layers.quantized_layer import QuantizedLayer
 from ..quantization.quantizers import FakeQuantizer
 from .tracing import Outputs

@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from torch import nn
 from tqdm import tqdm
 
-from ..conversion.convert import quantized_layers
+from ..conversion.student import quantized_layers
 from ..errors import ExportMismatchError, InputError
 from ..outputs.forward import Prediction, predict
 from ..quantization.quantizers import FakeQuantizer

@@ -14,26 +14,30 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from ..conversion.config import FORMAT_VERSION, QuantizationConfig
 from ..conversion.convert import (
     HALF,
+    after_quantizing,
     apply_plan,
+    convert_model,
     create_weight_quantizer,
     dequantize_model,
     fix_image_ranges,
+    warn_of_float32,
+)
+from ..conversion.plan import LayerPlan
+from ..conversion.student import (
     is_calibrated,
     layer_quantizers,
-    quantize_model,
     quantized_layers,
     quantizers,
     record_signedness,
     require_planned_layers,
-    warn_of_float32,
 )
-from ..conversion.plan import LayerPlan
 from ..errors import InputError, quote
 from ..hub_access import hub_id
 from ..layers.quantized_layer import QuantizedLayer, weight_of
@@ -64,10 +68,17 @@ class SQAKDHfQuantizer(HfQuantizer):
         self._new: list[str] = []
         self.base_model: str | None = None
 
+    @staticmethod
+    def make_savable(model: nn.Module, config: QuantizationConfig) -> None:
+        """Make a transformers `model` that was just quantized one that saves itself packed, with `config`."""
+        if isinstance(getattr(model, "config", None), PretrainedConfig):
+            SQAKDHfQuantizer(_to_be_stored(config), pre_quantized=False).attach(model)
+
     def attach(self, model: "PreTrainedModel") -> None:
         """Make `model` one that saves and uploads itself by this quantizer."""
         # The name of a folder says nothing to others; a reloaded student knows its base from its own file.
         self.base_model = hub_id(getattr(model.config, "_name_or_path", None))
+        model.config.quantization_config = self.quantization_config
         model.hf_quantizer = self
         model.push_to_hub = functools.partial(_push_to_hub, model)
 
@@ -91,7 +102,8 @@ class SQAKDHfQuantizer(HfQuantizer):
         stored = self.quantization_config.stored if self.pre_quantized else None
         if stored is None:
             # A float checkpoint, or a student in format version 1: latents, and layers as the patterns say.
-            quantize_model(model, self.quantization_config)
+            self.quantization_config = _to_be_stored(self.quantization_config)
+            convert_model(model, self.quantization_config, None)
             self.attach(model)
             _declare_aliases(model)
         else:
@@ -271,6 +283,14 @@ class SQAKDHfQuantizer(HfQuantizer):
         for name in ("_weight_conversions", "push_to_hub"):
             vars(model).pop(name, None)
         return model if dtype is None else model.to(dtype)
+
+
+after_quantizing(SQAKDHfQuantizer.make_savable)
+
+
+def _to_be_stored(config: QuantizationConfig) -> QuantizationConfig:
+    """Return `config` without what another student was stored with."""
+    return config if config.stored is None else replace(config, stored=None)
 
 
 def _weight_shape(model: nn.Module, name: str) -> torch.Size:

@@ -50,7 +50,7 @@ class QuantizedLayer(nn.Module):
     channel_axis = 0
     takes_activations = True  # False: the input holds indices, nothing to quantize
     weight_is_on_grid = False
-    shared_weight: torch.Tensor | None = None  # set while several batches share one quantization, see shared_weights.py
+    shared_weight: torch.Tensor | None = None  # set while batches share one quantization, see shared_weights.py
     weight_quantizer: FakeQuantizer
     input_quantizer: FakeQuantizer | None
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..conversion.convert import is_calibrated, quantized_layers
 from ..conversion.plan import LayerPlan, QuantizationPlan, bits_of
+from ..conversion.student import is_calibrated, quantized_layers
 from .tables import image_count, plot_learning_curve, plot_trade_off, titled_rows
 from .training_record import TrainingRecord
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..conversion.convert import batch_statistics, device_of, quantizers
+from ..conversion.calibration import batch_statistics
+from ..conversion.student import device_of, quantizers
 from ..conversion.trace import evaluating
 from ..errors import InputError
 from ..quantization.functional import along, widest_float

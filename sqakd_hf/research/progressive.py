@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..conversion.convert import quantizers
+from ..conversion.student import quantizers
 from ..errors import InputError
 
 

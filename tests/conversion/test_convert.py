@@ -28,7 +28,7 @@ from sqakd_hf import (
     register_quantized_layer,
 )
 from sqakd_hf.conversion import convert as convert_module
-from sqakd_hf.conversion.convert import require_planned_layers
+from sqakd_hf.conversion.student import require_planned_layers
 from sqakd_hf.distillation.layer_sqnr import layer_sqnr
 from sqakd_hf.layers import quantized_layer as layers_module
 from sqakd_hf.outputs.forward import predict, run_model

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sqakd_hf import QuantizationConfig, calibrate_model, list_quantizers, quantize_model
-from sqakd_hf.conversion.convert import quantized_layers
+from sqakd_hf.conversion.student import quantized_layers
 from sqakd_hf.layers.shared_weights import SharedWeights
 from tests.helpers.models import tiny_vit
 from tests.helpers.training import make_trainer

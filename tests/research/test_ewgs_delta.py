@@ -17,7 +17,7 @@ from sqakd_hf import (
     list_quantizers,
     quantize_model,
 )
-from sqakd_hf.conversion.convert import quantized_layers, quantizers
+from sqakd_hf.conversion.student import quantized_layers, quantizers
 from sqakd_hf.research import ewgs_delta as delta
 from sqakd_hf.research.ewgs_delta import estimate_delta
 from tests.helpers.models import tiny_vit

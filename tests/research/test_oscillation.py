@@ -6,7 +6,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sqakd_hf import InputError, QuantizationConfig, calibrate_model, list_quantizers, quantize_model
-from sqakd_hf.conversion.convert import quantized_layers, reestimate_batch_norm
+from sqakd_hf.conversion.calibration import reestimate_batch_norm
+from sqakd_hf.conversion.student import quantized_layers
 from sqakd_hf.quantization.quantizers import DoReFaWeight
 from sqakd_hf.research.oscillation import OscillationFreezer, dampening_loss
 from tests.helpers.models import TinyConvNet, tiny_vit

@@ -5,7 +5,7 @@ import torch
 from transformers import TrainerCallback
 
 from sqakd_hf import InputError, QuantizationConfig, list_quantizers, quantize_model
-from sqakd_hf.conversion.convert import is_calibrated, quantizers
+from sqakd_hf.conversion.student import is_calibrated, quantizers
 from sqakd_hf.research.progressive import ProgressiveBits
 from tests.helpers.models import TinyConvNet
 from tests.helpers.training import arguments, assert_same_state, make_trainer
