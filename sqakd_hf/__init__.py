@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import research as _research  # noqa: F401  registers its quantizers, and its extensions of a training
 from .conversion.calibration import calibrate_model
 from .conversion.config import QuantizationConfig
 from .conversion.convert import quantize_model

@@ -16,16 +16,16 @@ import sqakd_hf
 ROOT = Path(sqakd_hf.__file__).parent
 # A folder (or a module beside the folders) imports from those before it; those of one line know nothing of each other.
 ORDER = [
-    "errors",
+    "errors | _compat",
     "hub_access",
     "data | quantization",
     "layers",
     "outputs",
     "conversion",
-    "research",
     "reporting",
     "hub",
     "export | distillation",
+    "research",
     "cli",
     "__main__",
     "__init__",
@@ -37,10 +37,7 @@ MAY_IMPORT_TRANSFORMERS = {
     "reporting/training_record.py",
     "hub",
     "export",
-    "distillation/interrupt.py",
-    "distillation/last_batch.py",
-    "distillation/trainer.py",
-    "distillation/training_args.py",
+    "distillation",
     "cli",
 }
 # Imported inside functions, so that `import sqakd_hf` stays quick and each is needed only where it is used.
@@ -111,6 +108,14 @@ def run_at_import(nodes):
         yield from run_at_import(ast.iter_child_nodes(node))
 
 
+def run_at_any_time(nodes):
+    """Yield the statements that run at some time: not those for type checkers alone."""
+    for node in nodes:
+        if not (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
+            yield node
+            yield from run_at_any_time(ast.iter_child_nodes(node))
+
+
 def module_level_imports(path):
     return imported_modules(path, run_at_import(ast.parse(path.read_text()).body))
 
@@ -149,7 +154,7 @@ class TestDirection:
         for path in FILES:
             module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
             # A registry may load what registers with it, by a string; and `from . import x` names the folder too.
-            targets = edges(imported_modules(path))
+            targets = edges(imported_modules(path, run_at_any_time(ast.parse(path.read_text()).body)))
             graph[module] = {target for target in targets if not f"{module}.".startswith(f"{target}.")}
         try:
             list(TopologicalSorter(graph).static_order())
@@ -290,6 +295,7 @@ def names_of(nodes):
         for node in nodes
         if isinstance(node, ast.ImportFrom) and node.level == 1
         for alias in node.names
+        if node.module is not None
     }
 
 

@@ -35,7 +35,8 @@ from ..distillation.checkpoint import last_checkpoint
 from ..distillation.interrupt import InterruptCallback
 from ..distillation.last_batch import check_last_batch
 from ..distillation.metrics import TopKAccuracy
-from ..distillation.trainer import ARGUMENTS_FILE, SQAKDTrainer
+from ..distillation.publishing import ARGUMENTS_FILE
+from ..distillation.trainer import SQAKDTrainer
 from ..distillation.training_args import SQAKDTrainingArguments
 from ..errors import InputError
 from ..hub.loading import (
@@ -176,7 +177,7 @@ def choose_by_holdout(script: ScriptArguments, args: DistillationArguments, give
     needed = {
         "eval_strategy": "epoch",
         "save_strategy": "epoch",
-        "load_best_model_at_end": not args.progressive_bits,
+        "load_best_model_at_end": True,
     }
     for name, value in needed.items():
         if name in given and getattr(args, name) != value:

@@ -61,7 +61,7 @@ def calibrate_model(
 
     On any error the student is left as it was.
     """
-    require_planned_layers(model, widths=False)
+    require_planned_layers(model)
     layers = quantized_layers(model)
     if not layers:
         raise InputError("The model has no quantized layer. Call quantize_model(model, config) first.")

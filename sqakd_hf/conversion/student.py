@@ -38,14 +38,12 @@ def _planned(model: nn.Module) -> nn.Module | None:
     return next((module for module in model.modules() if "quantization_plan" in vars(module)), None)
 
 
-def require_planned_layers(model: nn.Module, widths: bool = True) -> None:
+def require_planned_layers(model: nn.Module) -> None:
     """Raise `InputError` unless what the plan of `model` quantizes is still there, with the bits of the plan.
 
     Args:
         model (`nn.Module`): A student. Layers that were put in by hand have no plan and are not looked at, nor are
             layers that the plan leaves in float.
-        widths (`bool`, *optional*, defaults to `True`): `False` lets bits differ, as they do in the stages of
-            `progressive_bits`.
     """
     owner = _planned(model)
     if owner is None:
@@ -59,7 +57,7 @@ def require_planned_layers(model: nn.Module, widths: bool = True) -> None:
             (plan.residuals, _quantizers_of_output),
         )
         for line in lines
-        if line.skipped is None and (what := _changed(modules, line, quantizers_of, widths)) is not None
+        if line.skipped is None and (what := _changed(modules, line, quantizers_of)) is not None
     }
     if not changed:
         # Folded into the layer in front, a BatchNorm changes the weight that a range was set for.
@@ -79,7 +77,7 @@ Found = list[tuple[FakeQuantizer | None, int | None]]  # quantizers, each with i
 
 
 def _changed(
-    modules: Mapping[str, nn.Module], line: LayerPlan, quantizers_of: Callable[..., Found | None], widths: bool
+    modules: Mapping[str, nn.Module], line: LayerPlan, quantizers_of: Callable[..., Found | None]
 ) -> str | None:
     """Say what became of a line of the plan, `None` where it is as it was."""
     if line.name not in modules:
@@ -92,7 +90,7 @@ def _changed(
     if line.bypassed and child not in getattr(modules[parent], "bypassed_layers", ()):
         return f"not quantized by {parent!r}, now {type(modules[parent]).__name__}"
     other = [(quantizer.bits, bits) for quantizer, bits in found if quantizer is not None and quantizer.bits != bits]
-    return f"{other[0][0]} bits instead of {other[0][1]}" if widths and other else None
+    return f"{other[0][0]} bits instead of {other[0][1]}" if other else None
 
 
 def _quantizers_of_layer(module: nn.Module, line: LayerPlan) -> Found | None:

@@ -23,6 +23,12 @@ def is_complete(folder: str) -> bool:
         return False
 
 
+def discard_state(folder: str) -> None:
+    """Take from a checkpoint `folder` what marks it as complete, since it is about to be written again."""
+    if os.path.exists(path := os.path.join(folder, STATE_FILE)):
+        os.remove(path)
+
+
 def last_checkpoint(folder: str) -> str:
     """Return the path of the last complete checkpoint in an output `folder`; warn of half-written ones.
 

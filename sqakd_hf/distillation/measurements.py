@@ -23,6 +23,31 @@ class ImageSet:
     rows: dict[str, Row] = field(default_factory=dict)
     by_step: dict[int, Row] = field(default_factory=dict)
 
+    def add(
+        self,
+        means: Row,
+        teacher_accuracy: float | None,
+        where: Row,
+        measured_as: str,
+        step: int | None,
+        in_training: bool,
+    ) -> None:
+        """Note what an evaluation found.
+
+        Args:
+            means (`Row`): Of the student: `loss`, `agreement` and, where there were labels, `accuracy`.
+            teacher_accuracy (`float`, *optional*): Of its teacher.
+            where (`Row`): The set's name and its number of images.
+            measured_as (`str`): `calibrated` or `student`.
+            step (`int`, *optional*): Of the training that the student is of.
+            in_training (`bool`): Whether it will have further steps, and may come back to this one.
+        """
+        self.rows["teacher"] = {"accuracy": teacher_accuracy, "agreement": 1.0, "kl": 0.0, **where}
+        row = {"accuracy": means.get("accuracy"), "agreement": means["agreement"], "kl": means["loss"], **where}
+        self.rows[measured_as] = row = {**row, "step": step}
+        if in_training:
+            self.by_step[step] = row
+
 
 class Measurements:
     """The sets of images that were evaluated; the last one is the one that a card shows."""

@@ -1,10 +1,14 @@
 """Where a training that met NaN or infinity went wrong: the first layer, and what of it."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from transformers import Trainer
 
+from .._compat import is_sharded
 from ..conversion.student import quantized_layers, quantizers
 
 
@@ -41,6 +45,64 @@ def first_non_finite_parameter(model: nn.Module) -> str | None:
     """Name the first parameter or buffer, in the model's order, that is not finite; `None` if all are."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return next((repr(name) for name, tensor in tensors if not _is_finite(tensor)), None)
+
+
+class FiniteWatch:
+    """Stops a training at the first number that is not finite: it would take the place of the last good checkpoint.
+
+    To look at a number on an accelerator is to wait for it: there, only logs, evaluations and checkpoints look.
+
+    Args:
+        trainer (`Trainer`): Whose model, arguments and state are looked at.
+        forward (`Callable`): From a batch's inputs to anything, by a forward pass of the model.
+    """
+
+    def __init__(self, trainer: Trainer, forward: Callable[[dict[str, Any]], object]) -> None:
+        self._trainer, self._forward = trainer, forward
+
+    def _stop(self, what: str, value: float, where: str) -> NoReturn:
+        raise NonFiniteError(
+            f"{what} is {value} at step {self._trainer.state.global_step}. First not finite: {where}. Lower "
+            "learning_rate or quantizer_learning_rate, clip gradients (max_grad_norm), or train in float32 or bf16; "
+            "checkpoints of earlier steps are as they were."
+        )
+
+    def check_loss(self, loss: torch.Tensor, inputs: dict[str, Any]) -> None:
+        """Stop, on a CPU, at a loss that is not finite, and name the layer."""
+        if loss.device.type != "cpu" or torch.isfinite(loss):
+            return
+        model, where = self._trainer.model, "not looked for in a model that is sharded"
+        if not is_sharded(model):
+            if self._trainer.args.world_size > 1:
+                model.eval()  # SyncBatchNorm would wait for the other processes
+            where = first_non_finite_layer(model, lambda: self._forward(inputs))
+        self._stop("The loss", loss.item(), where)
+
+    def check_gradients(self) -> None:
+        """Stop, on a CPU, where a gradient is not finite."""
+        model = self._trainer.model
+        if self._trainer.args.device.type != "cpu" or is_sharded(model):
+            return
+        norm = torch.nn.utils.get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
+        if not torch.isfinite(norm) and (where := first_non_finite_gradient(model)) is not None:
+            self._stop("The gradient's norm", norm.item(), where)
+
+    def check_logs(self, logs: Mapping[str, float]) -> None:
+        """Stop at a logged loss or norm that is not finite: on an accelerator, this is the first look."""
+        for name, what in (("loss", "The loss"), ("grad_norm", "The gradient's norm")):
+            # In fp16 the scaler skips steps whose gradient overflows.
+            scaled = name == "grad_norm" and self._trainer.accelerator.mixed_precision == "fp16"
+            if not math.isfinite(logs.get(name, 0)) and not scaled:
+                where = first_non_finite_parameter(self._trainer.model) or "no parameter, so it is new"
+                self._stop(what, logs[name], f"{where} (some time since the last log)")
+
+    def check_model(self) -> None:
+        """Let no parameter that is not finite be evaluated or saved."""
+        if (bad := first_non_finite_parameter(self._trainer.model)) is not None:
+            raise NonFiniteError(
+                f"The student's {bad} is not finite at step {self._trainer.state.global_step}: training met NaN or "
+                "infinity since the last log. logging_steps=1 shows the step; the last checkpoint is from before."
+            )
 
 
 class _Inspect:

@@ -16,6 +16,13 @@ from .losses import mean_teacher_logits
 TEACHER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def teacher_dtype(name: str, mixed_precision: str) -> torch.dtype:
+    """Return what `teacher_dtype=name` comes to: `"auto"` is what training computes in, by its `mixed_precision`."""
+    if name == "auto":
+        name = {"bf16": "bfloat16", "fp16": "float16"}.get(mixed_precision, "float32")
+    return TEACHER_DTYPES[name]
+
+
 class Teacher:
     """Frozen models whose mean distribution a student learns.
 

@@ -1,14 +1,11 @@
 """`SQAKDTrainingArguments`: transformers' training arguments, and the few that SQAKD adds."""
 
-import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
-from transformers.trainer_utils import HubStrategy
 
 from ..errors import InputError, quote
-from ..research.objective import LATTICE, feature_terms, parse_objective, reads_labels
-from ..research.progressive import check_widths
+from .extensions import registered_extensions
 from .losses import check_temperature
 from .teacher import TEACHER_DTYPES
 
@@ -62,9 +59,6 @@ class SQAKDTrainingArguments(TrainingArguments):
         oscillation_freezing (`float`, *optional*, defaults to 0.0): Freeze weights whose code flips back in more than
             this share of the steps (four times that as training begins); 0: none. See
             [`~sqakd_hf.research.oscillation.OscillationFreezer`].
-        progressive_bits (`list[int]`, *optional*): Widths to train through before the student's own, such as `[8, 4]`,
-            each for an equal share of the steps; ranges are calibrated anew as a width begins. Weights saved in
-            checkpoints of earlier stages are good for resuming alone.
         output_field (`str`, *optional*): Which of a model's outputs are the class logits, where it has several heads:
             a name such as `"class_queries_logits"`, or a number where it returns a tuple.
     """
@@ -126,9 +120,6 @@ class SQAKDTrainingArguments(TrainingArguments):
         default=0.0,
         metadata={"help": "Share of steps with a flip of its code above which a weight is frozen; 0: off."},
     )
-    progressive_bits: list[int] = field(
-        default_factory=list, metadata={"help": "Widths to train through before the student's own, such as 8 4."}
-    )
     output_field: str | None = field(
         default=None, metadata={"help": "Which output holds the class logits, for models with several heads."}
     )
@@ -159,10 +150,9 @@ class SQAKDTrainingArguments(TrainingArguments):
                 f"calibration_images must be at least 2, as batch statistics need; got {self.calibration_images!r}. "
                 "Use a few hundred."
             )
-        for name, unit in (("reestimate_batch_norm", "images"), ("delta_estimation_steps", "steps")):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise InputError(f"{name} must be a number of {unit}, got {value!r}.")
+        images = self.reestimate_batch_norm
+        if isinstance(images, bool) or not isinstance(images, int) or images < 0:
+            raise InputError(f"reestimate_batch_norm must be a number of images, got {images!r}.")
         if self.reestimate_batch_norm == 1:
             raise InputError("reestimate_batch_norm is a number of images, and 1 has no variance. Use a few hundred.")
         truth = {"auto": "auto", "true": True, "false": False}
@@ -172,40 +162,11 @@ class SQAKDTrainingArguments(TrainingArguments):
         self.freeze_batch_norm = truth[stated]
         if self.reestimate_batch_norm and self.freeze_batch_norm is True:
             raise InputError("freeze_batch_norm keeps the statistics that reestimate_batch_norm replaces: choose one.")
-        if not 0 <= self.oscillation_dampening < math.inf:
-            raise InputError(
-                f"oscillation_dampening must be a non-negative number, got {self.oscillation_dampening!r}."
-            )
-        if not 0 <= self.oscillation_freezing < 1:
-            raise InputError(
-                f"oscillation_freezing must be a share of the steps, from 0 to 1, got {self.oscillation_freezing!r}."
-            )
-        self._check_progressive_bits()
         if self.teacher_dtype not in ("auto", *TEACHER_DTYPES):
             raise InputError(
                 f"teacher_dtype must be 'auto' or one of {quote(TEACHER_DTYPES)}, got {self.teacher_dtype!r}."
             )
-        terms = parse_objective(self.objective)
-        features = feature_terms(terms)
-        for option in ("cache_teacher_logits", "torch_compile", "gradient_checkpointing"):
-            if features and getattr(self, option):
-                raise InputError(f"The objective {self.objective!r} looks into the models: it can't go with {option}.")
-        if self.label_smoothing_factor and not reads_labels(terms):
-            raise InputError(f"label_smoothing_factor belongs to the term 'ce', which {self.objective!r} has not.")
-        if self.feature_layer is not None and LATTICE not in features:
-            raise InputError(f"feature_layer belongs to the term 'squat', which {self.objective!r} has not.")
         if self.activation_memory not in ("normal", "low"):
             raise InputError(f"activation_memory must be 'normal' or 'low', got {self.activation_memory!r}.")
-
-    def _check_progressive_bits(self) -> None:
-        """Refuse what would keep, upload or hold the codes of a student that has more bits than it will have."""
-        if not check_widths(self.progressive_bits):
-            return
-        if self.load_best_model_at_end:
-            raise InputError(
-                "load_best_model_at_end would choose a student of more bits: it can't go with progressive_bits."
-            )
-        if self.push_to_hub and self.hub_strategy != HubStrategy.END:
-            raise InputError("progressive_bits uploads the student when training has ended: pass hub_strategy='end'.")
-        if self.oscillation_freezing:
-            raise InputError("oscillation_freezing holds codes, which progressive_bits changes: use one of them.")
+        for extension in registered_extensions():
+            extension.check_arguments(self)

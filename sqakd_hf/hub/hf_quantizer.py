@@ -18,6 +18,15 @@ from transformers import PretrainedConfig
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from .._compat import (
+    expect_missing,
+    initialise_now,
+    look_for_shared_modules,
+    mark_loaded,
+    put_off_initialisation,
+    save_under_own_names,
+    was_loaded,
+)
 from ..conversion.config import FORMAT_VERSION, QuantizationConfig
 from ..conversion.convert import (
     HALF,
@@ -105,14 +114,15 @@ class SQAKDHfQuantizer(HfQuantizer):
             self.quantization_config = _to_be_stored(self.quantization_config)
             convert_model(model, self.quantization_config, None)
             self.attach(model)
-            _declare_aliases(model)
+            if _aliases(model):
+                look_for_shared_modules(model)
         else:
             self._rebuild(model, stored, kwargs.get("checkpoint_files"))
         self._expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.named_parameters()}
         if not self.pre_quantized:
             # A float checkpoint has no ranges: nothing to report as missing.
             ranges = [rf"{name}\.(weight|input)_quantizer\." for name in quantized_layers(model)]
-            model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or []), *ranges]
+            expect_missing(model, ranges)
 
     def _rebuild(self, model: "PreTrainedModel", stored: dict[str, Any], files: list[str] | None) -> None:
         where = f"{model.config._name_or_path or 'The student'}: config.json"
@@ -124,7 +134,8 @@ class SQAKDHfQuantizer(HfQuantizer):
         self.base_model = manifest.base_model
         prefix = model.base_model_prefix
         apply_plan(model, manifest.plan_for(model, prefix, where))
-        _declare_aliases(model)
+        if _aliases(model):
+            look_for_shared_modules(model)
         missing = model.state_dict().keys() - manifest.tensors.keys() - _never_stored(model)
         if missing and type(model).__name__ in (model.config.architectures or ()):
             # A backbone with a new head may lack tensors, and transformers reports them; the model that was saved not.
@@ -138,9 +149,7 @@ class SQAKDHfQuantizer(HfQuantizer):
                 self._packed[name] = shape, layer.stored_weight.dtype
                 _hold_place_of_weight(layer)
         if self._packed:
-            # Models initialise what is missing, and buffers, by the shapes and dtypes of weights: not while those are
-            # codes, but once they are unpacked.
-            model.initialize_weights = _nothing
+            put_off_initialisation(model)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         _refuse_offload(getattr(model, "hf_device_map", None))
@@ -148,7 +157,7 @@ class SQAKDHfQuantizer(HfQuantizer):
         for quantizer in quantizers(model):
             # transformers fills what a checkpoint lacks with uninitialised memory, and marks what it loaded.
             tensors = quantizer.state_dict(keep_vars=True).values()
-            loaded = all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors)
+            loaded = all(was_loaded(tensor) for tensor in tensors)
             quantizer.refresh() if loaded else quantizer.reset()
         missing = [
             name
@@ -175,17 +184,16 @@ class SQAKDHfQuantizer(HfQuantizer):
         for layer in layers.values():
             for name in layer.packed_state():
                 buffer = getattr(layer, name)
-                if not getattr(buffer, "_is_hf_initialized", False):
+                if not was_loaded(buffer):
                     buffer.zero_()
             layer.refresh()
         _leave_the_file(model, {layers[name].stored_weight for name in self._packed})
         for name, (shape, dtype) in self._packed.items():
-            if not getattr(layers[name].stored_weight, "_is_hf_initialized", False):
+            if not was_loaded(layers[name].stored_weight):
                 raise InputError(f"{model.config._name_or_path}: the files lack the packed weight of {name!r}.")
             _unpack(layers[name], shape, dtype)
         if self._packed:
-            del model.initialize_weights
-            model.initialize_weights()
+            initialise_now(model)
         for name, parameter in model.named_parameters():
             shape, dtype = self._expected.get(name, (parameter.shape, parameter.dtype))
             if parameter.shape != shape:
@@ -233,7 +241,7 @@ class SQAKDHfQuantizer(HfQuantizer):
             raise InputError(
                 "The student has no ranges yet. Call calibrate_model or trainer.train() before you save it."
             )
-        require_planned_layers(model, widths=self._format == "packed")
+        require_planned_layers(model)
         from .loading import keep_preprocessing  # with all that image processors need
 
         keep_preprocessing(model)
@@ -258,9 +266,7 @@ class SQAKDHfQuantizer(HfQuantizer):
             self.quantization_config, stored=manifest.to_dict(), format_version=FORMAT_VERSION
         )
         model.config.quantization_config = self.quantization_config
-        # The names in memory are the names in the table, and those that training checkpoints are resumed by:
-        # save_pretrained would rename them to those of a layout from before (transformers #43701).
-        model._weight_conversions = []
+        save_under_own_names(model)
         return state_dict, {}
 
     def is_serializable(self) -> bool:
@@ -336,23 +342,6 @@ def _aliases(model: nn.Module) -> set[str]:
     }
 
 
-def _declare_aliases(model: "PreTrainedModel") -> None:
-    """Keep transformers from initialising anew what it has loaded under another name.
-
-    It looks for modules in several places only in models that are not its own.
-    """
-    if _aliases(model):
-        model.is_custom_code = _yes
-
-
-def _yes() -> bool:
-    return True
-
-
-def _nothing() -> None:
-    """Stand in for `initialize_weights` for a while."""
-
-
 def _refuse_offload(device_map: Any) -> None:
     """Raise `InputError` for a resolved device map that offloads."""
     places = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else set()
@@ -376,7 +365,7 @@ def _unpack(layer: QuantizedLayer, shape: torch.Size, dtype: torch.dtype) -> Non
     rows, row_bytes = packed_shape(shape, layer.channel_axis, bits)
     codes = unpack_bits(layer.stored_weight.view(rows, row_bytes), bits, shape.numel() // rows)
     layer.set_weight_codes(codes, shape, dtype)
-    layer.stored_weight._is_hf_initialized = True
+    mark_loaded(layer.stored_weight)
 
 
 def _gathered_codes(plan: LayerPlan, layer: QuantizedLayer, state_dict: dict[str, torch.Tensor]) -> torch.Tensor:

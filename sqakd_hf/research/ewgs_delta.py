@@ -1,19 +1,31 @@
 """EWGS's gradient scaling `delta`, estimated without labels from the curvature of the distillation loss."""
 
+import json
+import logging
+import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .._compat import own_forward
 from ..conversion.calibration import batch_statistics
 from ..conversion.student import device_of, quantizers
 from ..conversion.trace import evaluating
+from ..distillation.extensions import Extension, register_extension
 from ..errors import InputError
+from ..outputs.forward import predict
 from ..quantization.functional import along, widest_float
 from ..quantization.quantizers import FakeQuantizer
+
+
+if TYPE_CHECKING:
+    from ..distillation.training_args import SQAKDTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 # Of a quantizer's range: small beside the step between few codes, large beside the rounding of float32 gradients.
@@ -156,3 +168,77 @@ def _of_batch(
 
 def _signs(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.empty_like(like).bernoulli_(generator=generator).mul_(2).sub_(1)
+
+
+@register_extension
+class DeltaEstimation(Extension):
+    """`delta_estimation_steps`: every so many steps, [`estimate_delta`] from three batches of training images."""
+
+    option = "delta_estimation_steps"
+    FILE = "deltas.json"  # of a checkpoint whose quantizers had theirs estimated
+
+    @classmethod
+    def check_arguments(cls, args: "SQAKDTrainingArguments") -> None:
+        steps = args.delta_estimation_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise InputError(f"delta_estimation_steps must be a number of steps, got {steps!r}.")
+
+    def _quantizers(self) -> dict[str, FakeQuantizer]:
+        modules = self.trainer.model.named_modules()
+        return {name: module for name, module in modules if isinstance(module, FakeQuantizer)}
+
+    def _set(self, deltas: Mapping[str, float]) -> None:
+        for name, quantizer in self._quantizers().items():
+            quantizer.delta = deltas.get(name, 0.0)
+
+    def load(self, folder: str | None) -> None:
+        """Go on from what a checkpoint's quantizers had; say it if that training did not estimate."""
+        path = os.path.join(folder or "", self.FILE)
+        if folder is None or not os.path.exists(path):
+            if folder is not None:
+                logger.warning(
+                    "%s is of a training without delta_estimation_steps: delta is 0 until it is estimated.", folder
+                )
+            return self._set({})
+        with open(path, encoding="utf-8") as file:
+            self._set(json.load(file))
+
+    @classmethod
+    def leave(cls, folder: str) -> None:
+        if os.path.exists(os.path.join(folder, cls.FILE)):
+            logger.warning(
+                "%s is of a training with delta_estimation_steps: without it, delta is the quantizers' own again.",
+                folder,
+            )
+
+    def save(self, folder: str) -> None:
+        deltas = {name: quantizer.delta for name, quantizer in self._quantizers().items()}
+        with open(os.path.join(folder, self.FILE), "w", encoding="utf-8") as file:
+            json.dump(deltas, file)
+
+    def on_step_begin(self) -> None:
+        step = self.trainer.state.global_step
+        if step and step % self.trainer.args.delta_estimation_steps == 0:
+            self._estimate()
+
+    def _estimate(self) -> None:
+        trainer = self.trainer
+
+        def loss(inputs: Mapping[str, Any]) -> torch.Tensor:
+            student = predict(trainer.model, inputs, trainer.args.output_field)
+            return trainer.kl_loss(student, trainer.teacher_prediction(inputs), student.mask_of(inputs))
+
+        batch = max(trainer.args.train_batch_size, 2)
+        with own_forward(trainer.model):  # in float32: half precision is too coarse for second differences
+            found = estimate_delta(
+                trainer.model,
+                loss,
+                list(trainer.sample_images(3 * batch, batch)),
+                running_statistics=trainer.args.freezes_batch_norm,
+                disable_progress=trainer.args.disable_tqdm,
+            )
+        names = self._quantizers()
+        values = torch.tensor([found.get(each, 0.0) for each in names.values()], device=trainer.args.device)
+        if trainer.args.world_size > 1:  # sums may differ between devices
+            torch.distributed.broadcast(values, src=0)
+        self._set(dict(zip(names, values.tolist(), strict=True)))

@@ -1,17 +1,24 @@
-"""What training minimises: SQAKD's divergence, or for comparison a weighted sum with labels and features."""
+"""What a training minimises for comparison with SQAKD: a weighted sum of its KL divergence, labels and features."""
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..distillation.extensions import Extension, register_extension
 from ..errors import InputError, quote, suggest
 from ..outputs.forward import Prediction
 from . import feature_losses as losses
 from .features import FeatureTap, feature_maps, find_lattice_layer, find_stages
+
+
+if TYPE_CHECKING:
+    from ..distillation.trainer import SQAKDTrainer
+    from ..distillation.training_args import SQAKDTrainingArguments
 
 
 class Term(NamedTuple):
@@ -192,22 +199,80 @@ def _same(model: nn.Module, name: str) -> nn.Module:
         ) from None
 
 
-def total_loss(
-    terms: Sequence[Term],
-    divergence: Callable[[], torch.Tensor],
-    student: Prediction,
-    labels: torch.Tensor | None,
-    features: Features | None,
-    smoothing: float = 0.0,
-) -> torch.Tensor:
-    """Return the weighted sum of the terms; `divergence` computes `kl`, and is not called without that term."""
-    total = 0.0
-    for weight, name in terms:
-        if name == "kl":
-            value = divergence()
-        elif name == "ce":
-            value = label_loss(student.logits, labels, smoothing)
-        else:
-            value = features.loss(name)
-        total = total + (value if weight == 1 else weight * value)
-    return total
+@register_extension
+class Objective(Extension):
+    """`objective` other than `"kl"`: a weighted sum of the KL divergence, of labels and of features.
+
+    Its features are found on a few training images, before the first batch.
+    """
+
+    option = "objective"
+
+    def __init__(self, trainer: "SQAKDTrainer") -> None:
+        super().__init__(trainer)
+        self.terms = parse_objective(trainer.args.objective)
+        self._names = feature_terms(self.terms)
+        self._features: Features | None = None
+
+    def __str__(self) -> str:
+        return f"The objective {self.trainer.args.objective!r}"
+
+    @classmethod
+    def is_asked_for(cls, args: "SQAKDTrainingArguments") -> bool:
+        return parse_objective(args.objective) != (Term(1.0, "kl"),)
+
+    @classmethod
+    def check_arguments(cls, args: "SQAKDTrainingArguments") -> None:
+        terms = parse_objective(args.objective)
+        features = feature_terms(terms)
+        for option in ("cache_teacher_logits", "torch_compile", "gradient_checkpointing"):
+            if features and getattr(args, option):
+                raise InputError(f"The objective {args.objective!r} looks into the models: it can't go with {option}.")
+        if args.label_smoothing_factor and not reads_labels(terms):
+            raise InputError(f"label_smoothing_factor belongs to the term 'ce', which {args.objective!r} has not.")
+        if args.feature_layer is not None and LATTICE not in features:
+            raise InputError(f"feature_layer belongs to the term 'squat', which {args.objective!r} has not.")
+
+    @property
+    def needs_whole_weights(self) -> bool:
+        return bool(self._names)
+
+    @property
+    def reads_labels(self) -> bool:
+        return reads_labels(self.terms)
+
+    @property
+    def features(self) -> Features:
+        """The features of student and teacher that its terms compare."""
+        if self._features is None:
+            batch = next(self.trainer.sample_images(2))
+            model, teacher = self.trainer.model, self.trainer.teacher.models[0]
+            self._features = Features(self._names, model, teacher, batch, self.trainer.args.feature_layer)
+        return self._features
+
+    def check(self) -> None:
+        if self._names and len(self.trainer.teacher.models) > 1:
+            raise InputError(f"{self} compares features: pass one teacher, not several.")
+
+    def watching(self) -> contextlib.AbstractContextManager[Any]:
+        stack = contextlib.ExitStack()
+        for tap in self.features.listening() if self._names else ():
+            stack.enter_context(tap)
+        return stack
+
+    def loss(self, loss: torch.Tensor, student: Prediction, inputs: Mapping[str, Any]) -> torch.Tensor:
+        total = 0.0
+        for weight, name in self.terms:
+            if name == "kl":
+                value = loss
+            elif name == "ce":
+                value = label_loss(student.logits, inputs.get("labels"), self.trainer.args.label_smoothing_factor)
+            else:
+                value = self.features.loss(name)
+            total = total + (value if weight == 1 else weight * value)
+        return total
+
+    def close(self) -> None:
+        if self._features is not None:
+            self._features.remove()
+            self._features = None

@@ -3,14 +3,28 @@
 Both are of [Overcoming Oscillations in Quantization-Aware Training](https://arxiv.org/abs/2203.11086).
 """
 
+import logging
 import math
+import os
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
+import safetensors.torch
 import torch
 
+from ..conversion.student import quantized_layers
+from ..distillation.extensions import Extension, register_extension
 from ..errors import InputError
 from ..layers.quantized_layer import QuantizedLayer
+from ..outputs.forward import Prediction
 from ..quantization.quantizers import FEW_BITS, FakeQuantizer
+
+
+if TYPE_CHECKING:
+    from ..distillation.trainer import SQAKDTrainer
+    from ..distillation.training_args import SQAKDTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 def dampening_loss(layers: Iterable[QuantizedLayer]) -> torch.Tensor:
@@ -136,3 +150,61 @@ class OscillationFreezer:
             name: {key: tensors[f"{name}.{key}"].to(device[name], copy=True) for key in self.STATE}
             for name in self.layers
         }
+
+
+@register_extension
+class Dampening(Extension):
+    """`oscillation_dampening`: adds [`dampening_loss`], with a weight that grows over the training."""
+
+    option = "oscillation_dampening"
+
+    @classmethod
+    def check_arguments(cls, args: "SQAKDTrainingArguments") -> None:
+        if not 0 <= args.oscillation_dampening < math.inf:
+            raise InputError(
+                f"oscillation_dampening must be a non-negative number, got {args.oscillation_dampening!r}."
+            )
+
+    def loss(self, loss: torch.Tensor, student: Prediction, inputs: Mapping[str, Any]) -> torch.Tensor:
+        if not self.trainer.model.training:
+            return loss
+        state = self.trainer.state
+        weight = self.trainer.args.oscillation_dampening * ramp(state.global_step, state.max_steps)
+        return loss + weight * dampening_loss(quantized_layers(self.trainer.model).values())
+
+
+@register_extension
+class Freezing(Extension):
+    """`oscillation_freezing`: an [`OscillationFreezer`] that looks after each optimizer step."""
+
+    option = "oscillation_freezing"
+    FILE = "oscillations.safetensors"  # of a checkpoint
+
+    def __init__(self, trainer: "SQAKDTrainer") -> None:
+        super().__init__(trainer)
+        self.freezer = OscillationFreezer(quantized_layers(trainer.model), trainer.args.oscillation_freezing)
+
+    @classmethod
+    def check_arguments(cls, args: "SQAKDTrainingArguments") -> None:
+        if not 0 <= args.oscillation_freezing < 1:
+            raise InputError(
+                f"oscillation_freezing must be a share of the steps, from 0 to 1, got {args.oscillation_freezing!r}."
+            )
+
+    def load(self, folder: str | None) -> None:
+        if folder is None:
+            return
+        path = os.path.join(folder, self.FILE)
+        if os.path.exists(path):
+            self.freezer.load_state_dict(safetensors.torch.load_file(path))
+        else:
+            logger.warning("%s is of a training without oscillation_freezing: no weight is frozen yet.", folder)
+
+    def save(self, folder: str) -> None:
+        safetensors.torch.save_file(self.freezer.state_dict(), os.path.join(folder, self.FILE))
+
+    def on_optimizer_step(self, progress: float) -> None:
+        self.freezer.step(progress)
+
+    def logs(self) -> dict[str, float]:
+        return {"frozen": round(self.freezer.frozen_share(), 4)}

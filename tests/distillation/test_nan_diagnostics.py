@@ -3,7 +3,12 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from sqakd_hf import SQAKDTrainer, calibrate_model
-from sqakd_hf.distillation.nan_diagnostics import NonFiniteError, first_non_finite_gradient, first_non_finite_parameter
+from sqakd_hf.distillation.nan_diagnostics import (
+    FiniteWatch,
+    NonFiniteError,
+    first_non_finite_gradient,
+    first_non_finite_parameter,
+)
 from tests.helpers.training import Images, arguments, make_trainer, models
 
 
@@ -71,7 +76,7 @@ def test_where_a_backward_goes_wrong_is_the_last_of_the_bad_gradients():
 
 def test_what_no_step_looked_at_is_found_at_the_log_and_never_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(SQAKDTrainer, "training_step", Trainer.training_step)
-    monkeypatch.setattr(SQAKDTrainer, "_check_loss", lambda *_: None)
+    monkeypatch.setattr(FiniteWatch, "check_loss", lambda *_: None)
     trainer = make_trainer(tmp_path / "log", callbacks=[Break("body.3.weight")], logging_steps=5)
     with pytest.raises(NonFiniteError, match=r"The (loss|gradient's norm) is nan at step 5\. First not finite: '"):
         trainer.train()

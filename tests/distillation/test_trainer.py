@@ -160,13 +160,13 @@ class TestSample:
     def test_of_a_stream_are_its_first_images(self, tmp_path):
         student, teacher = models()
         trainer = SQAKDTrainer(student, teacher, arguments(tmp_path, max_steps=1), ImageStream())
-        (batch,) = trainer._sample(16)
+        (batch,) = trainer._sampled(16)
         assert torch.equal(batch["pixel_values"], Images().pixels[:16])
 
     def test_brings_masks_and_no_labels(self, tmp_path):
         data = [{"pixel_values": image, "label": 0, "pixel_mask": image[0] > 0} for image in Images().pixels]
         student, teacher = models()
-        (batch,) = SQAKDTrainer(student, teacher, arguments(tmp_path), data)._sample(8)
+        (batch,) = SQAKDTrainer(student, teacher, arguments(tmp_path), data)._sampled(8)
         assert batch.keys() == {"pixel_values", "pixel_mask"}
         assert torch.equal(batch["pixel_mask"], batch["pixel_values"][:, 0] > 0)
 
@@ -545,7 +545,7 @@ class TestModelInit:
             ("no model", {}),
             ("model=None", {"gradient_accumulation_steps": 2, "channels_last": True}),
             ("model=None", {"objective": "kl + at", "oscillation_freezing": 0.01}),
-            ("set later", {"progressive_bits": [8]}),
+            ("set later", {}),
         ],
     )
     def test_each_training_has_a_student_of_its_own_which_learns_like_one_that_is_given(self, tmp_path, way, options):
@@ -1189,9 +1189,8 @@ class TestChangedStudents:
         with pytest.raises(InputError, match="^4 of the student's quantized layers"):
             SQAKDTrainer(student, teacher, arguments(tmp_path))
 
-    def test_bits_changed_by_hand_are_and_those_of_a_stage_are_not(self, tmp_path):
+    def test_bits_changed_by_hand_are(self, tmp_path):
         trainer = self.trainer(tmp_path, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
-        trainer.args.progressive_bits = [8]
         trainer.train()
         trainer.model.body[0].input_quantizer.bits = 7
         for act in (trainer.train, trainer.evaluate):

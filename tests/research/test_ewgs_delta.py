@@ -319,7 +319,7 @@ class TestTraining:
             handle.remove()
             return {}
 
-        monkeypatch.setattr("sqakd_hf.distillation.trainer.estimate_delta", watched)
+        monkeypatch.setattr("sqakd_hf.research.ewgs_delta.estimate_delta", watched)
         data = [
             {"pixel_values": image, "valid_mask": torch.arange(16).view(4, 4) % 5 > 0}
             for image in torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(0))

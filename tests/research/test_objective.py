@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from transformers.trainer_pt_utils import LabelSmoother
 
 from sqakd_hf import InputError, QuantizationConfig, SQAKDTrainer, distillation_loss, quantize_model
+from sqakd_hf.distillation.extensions import registered_extensions
 from sqakd_hf.hub import paper_networks as sqakd_models
 from sqakd_hf.research.features import find_lattice_layer, find_stages
-from sqakd_hf.research.objective import FEATURE_TERMS, TERMS, label_loss, parse_objective
+from sqakd_hf.research.objective import FEATURE_TERMS, TERMS, Features, label_loss, parse_objective
 from tests.helpers.models import CLASSES, TinyConvNet, tiny_vit
 from tests.helpers.training import Images, arguments, assert_same_state, make_trainer, models, timm_resnet
 
@@ -54,7 +55,10 @@ class TestParsing:
 def gradient_of(trainer, batch):
     """Return loss and gradients of one training batch."""
     trainer.model.zero_grad()
-    loss = trainer.compute_loss(trainer.model.train(), dict(batch))
+    trainer.extensions = [cls(trainer) for cls in registered_extensions() if cls.is_asked_for(trainer.args)]
+    trainer.model.train()
+    with trainer.compute_loss_context_manager():
+        loss = trainer.compute_loss(trainer.model, dict(batch))
     loss.backward()
     return loss, [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
 
@@ -146,8 +150,8 @@ class TestTerms:
     def test_features_are_let_go_after_each_batch(self, tmp_path):
         trainer = make_trainer(tmp_path, timm_resnet, objective="at + squat", size=32)
         trainer.calibrate()
-        trainer.compute_loss(trainer.model.train(), {"pixel_values": torch.randn(4, 3, 32, 32)})
-        taps = trainer._feature_terms._taps
+        gradient_of(trainer, {"pixel_values": torch.randn(4, 3, 32, 32)})
+        taps = trainer.extensions[0].features._taps
         assert len(taps) == 4 and not any(tap.features for tap in taps)
 
     def test_a_teacher_of_another_architecture_is_refused(self, tmp_path):
@@ -177,7 +181,8 @@ class TestTerms:
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
         images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-        terms = trainer._features({"pixel_values": images})
+        names, teacher = ["squat"], trainer.teacher.models[0]
+        terms = Features(names, trainer.model, teacher, {"pixel_values": images})
         with terms.listening()[0] as student, terms.listening()[1] as teacher:
             trainer.model(images)
             trainer.teacher.models[0](images)

@@ -6,7 +6,6 @@ from .ewgs import EWGS
 from .lsq import LSQ, LSQPlus, LSQPlusWeight
 from .pact import PACT
 from .range_search import FEW_BITS
-from .statsq import StatsQWeight
 
 
 __all__ = [
@@ -19,7 +18,6 @@ __all__ = [
     "FakeQuantizer",
     "LSQPlus",
     "LSQPlusWeight",
-    "StatsQWeight",
     "create_quantizer",
     "list_quantizers",
     "register_quantizer",

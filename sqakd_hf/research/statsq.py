@@ -6,10 +6,10 @@ activations are LSQ's, as in the paper, and registered here.
 
 import torch
 
-from .base import register_quantizer
-from .lsq import LSQ
-from .range_search import widen
-from .weight_statistic import FollowsWeight
+from ..quantization.quantizers.base import register_quantizer
+from ..quantization.quantizers.lsq import LSQ
+from ..quantization.quantizers.range_search import widen
+from ..quantization.quantizers.weight_statistic import FollowsWeight
 
 
 register_quantizer("statsq", role="activation")(LSQ)

@@ -1,0 +1,42 @@
+"""The moments of a training, passed on to the trainer's own parts."""
+
+from typing import TYPE_CHECKING
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+if TYPE_CHECKING:
+    from .trainer import SQAKDTrainer
+
+
+class StepCallback(TrainerCallback):
+    """Tells the trainer and its extensions that a training, an epoch or a step begins, and that a step was made.
+
+    Args:
+        trainer (`SQAKDTrainer`): Whose callback it is.
+    """
+
+    def __init__(self, trainer: "SQAKDTrainer") -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._trainer.best.before_training()
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._trainer.begin_epoch(int(state.epoch))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        for extension in self._trainer.extensions:
+            extension.on_step_begin()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        for extension in self._trainer.extensions:
+            extension.on_optimizer_step((state.global_step + 1) / state.max_steps)
