@@ -333,7 +333,7 @@ import os, random, signal, sys, time
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from tests.test_checkpoint import BUILDS, AutoModelForImageClassification, last_checkpoint, load_file, make_trainer
+from tests.distillation.test_checkpoint import BUILDS, AutoModelForImageClassification, last_checkpoint, load_file, make_trainer
 from sqakd_hf.checkpoint import is_complete
 
 def forked(work):

@@ -34,7 +34,7 @@ def launch(script, folder, processes, **options):
 
 def run(folder, processes, **options):
     """Run tests/helpers/distributed_run.py; return what each process left."""
-    done = launch("tests.distributed_run", folder, processes, **{"steps": 20, **options})
+    done = launch("tests.helpers.distributed_run", folder, processes, **{"steps": 20, **options})
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
 
@@ -105,7 +105,7 @@ class TestInterrupt:
         folder.mkdir()
         options = json.dumps({"steps": 10_000, "interrupt": -1, **self.options})
         with subprocess.Popen(
-            [*LAUNCHER, "2", "-m", "tests.distributed_run", str(folder), options],
+            [*LAUNCHER, "2", "-m", "tests.helpers.distributed_run", str(folder), options],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -130,7 +130,7 @@ class TestCachedLogits:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "tests.distributed_run", str(folder), json.dumps(options)]
+        command = [sys.executable, "-m", "tests.helpers.distributed_run", str(folder), json.dumps(options)]
         processes = [
             subprocess.Popen(
                 command,
@@ -181,7 +181,7 @@ def test_batch_statistics_and_augmented_calibration_are_those_of_the_first_proce
 
 
 def test_fsdp2_trains_and_packs_a_sharded_student_like_a_whole_one(tmp_path):
-    done = launch("tests.fsdp_run", tmp_path / "run", 2)
+    done = launch("tests.helpers.fsdp_run", tmp_path / "run", 2)
     assert done.returncode == 0, done.stderr[-3000:]
     left = torch.load(tmp_path / "run" / "left.pt", weights_only=True)
     whole, sharded, autocast = left["whole"], left["sharded"], left["autocast"]

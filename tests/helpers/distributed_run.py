@@ -1,6 +1,6 @@
 """Train a few steps, in one process or under torchrun, and leave what each process holds: test_distributed.py runs it.
 
-torchrun --nproc_per_node 2 -m tests.distributed_run FOLDER '{"model": "vit", "batch": 4, "accumulation": 1}'
+torchrun --nproc_per_node 2 -m tests.helpers.distributed_run FOLDER '{"model": "vit", "batch": 4, "accumulation": 1}'
 """
 
 import copy

@@ -1,6 +1,6 @@
 """Train a student whole and sharded (FSDP2), a few steps each, and leave what it becomes: test_distributed.py runs it.
 
-torchrun --nproc_per_node 2 -m tests.fsdp_run FOLDER
+torchrun --nproc_per_node 2 -m tests.helpers.fsdp_run FOLDER
 """
 
 import copy
