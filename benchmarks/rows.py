@@ -40,7 +40,7 @@ from sqakd_hf import (
     quantize_model,
 )
 from sqakd_hf.distillation.teacher import Teacher
-from sqakd_hf.hub.loading import preprocessing
+from sqakd_hf.hub.model_preprocessing import preprocessing
 from sqakd_hf.research.objective import feature_terms, parse_objective
 
 

@@ -30,7 +30,7 @@ from sqakd_hf import (
 )
 from sqakd_hf.distillation.checkpoint import last_checkpoint
 from sqakd_hf.errors import InputError
-from sqakd_hf.hub.loading import preprocessing
+from sqakd_hf.hub.model_preprocessing import preprocessing
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "run_sqakd.py"

@@ -7,7 +7,8 @@ from . import research as _research  # noqa: F401  registers its quantizers, and
 from .conversion.calibration import calibrate_model
 from .conversion.config import QuantizationConfig
 from .conversion.convert import quantize_model
-from .conversion.plan import LayerPlan, QuantizationPlan, plan_quantization
+from .conversion.plan import LayerPlan, QuantizationPlan
+from .conversion.planner import plan_quantization
 from .conversion.student import is_calibrated, quantized_layers
 from .distillation.losses import distillation_loss
 from .errors import ExportMismatchError, InputError
@@ -19,7 +20,8 @@ from .quantization.quantizers import FakeQuantizer, create_quantizer, list_quant
 
 if TYPE_CHECKING:
     from .data.collator import ImageCollator
-    from .data.dataset import ImageData, load_image_data, split_holdout
+    from .data.dataset import ImageData, load_image_data
+    from .data.splits import split_holdout
     from .data.transforms import ImageTransform
     from .distillation.interrupt import InterruptCallback
     from .distillation.metrics import TeacherAgreement, TeacherDivergence, TopKAccuracy

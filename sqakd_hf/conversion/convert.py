@@ -12,7 +12,8 @@ from ..layers.interception import AttentionQuantizers, InterceptedModule, interc
 from ..layers.quantized_layer import QuantizedLayer, quantized_class
 from ..quantization.quantizers import FEW_BITS, FakeQuantizer, create_quantizer
 from .config import QuantizationConfig
-from .plan import ASKED_FOR, LayerPlan, QuantizationPlan, plan_quantization
+from .plan import ASKED_FOR, LayerPlan, QuantizationPlan
+from .planner import plan_quantization
 from .rollback import holders, undone_on_error
 from .student import batch_norms, device_of, quantized_layers
 

@@ -1,17 +1,14 @@
 """Training, validation and test images with standard columns, as `datasets.Dataset`s."""
 
 import logging
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ..errors import InputError, quote, reason, suggest
+from .labels import add_labels, holds_integers, is_number, read_labels, renumber
 from .sources import VALIDATION_SPLITS, load_splits
+from .splits import check_fraction, split_indices
 
 
 if TYPE_CHECKING:
@@ -59,25 +56,20 @@ class ImageData:
             return replace(
                 self,
                 class_names=others,
-                **{name: _renumber(getattr(self, name), others) for name in ("train", "test", "validation")},
+                **{name: renumber(getattr(self, name), others) for name in ("train", "test", "validation")},
             )
         if len(own) != len(others):
             raise InputError(
                 f"The model has {len(others)} classes but the images have {len(own)}, {quote(own[:5])} among them. "
                 "Use a model trained on these classes."
             )
-        if not (all(map(_is_number, own)) or all(map(_is_number, others))):
+        if not (all(map(is_number, own)) or all(map(is_number, others))):
             logger.warning(
                 "The classes of the images, %s, are called otherwise than the model's, %s. Their order decides: the "
                 "accuracy is wrong where they are others.",
                 *(f"{quote(names[:3])}{', ...' if len(names) > 3 else ''}" for names in (own, others)),
             )
         return self
-
-
-def is_labelled(dataset: "datasets.Dataset") -> bool:
-    """Tell whether a split of [`ImageData`] has labels."""
-    return "label" in dataset.column_names
 
 
 def load_image_data(
@@ -140,7 +132,7 @@ def load_image_data(
         >>> len(data.train), len(data.test), data.class_names[:3]
         (100, 359, ['0', '1', '2'])
     """
-    _check_fraction("test_fraction", test_fraction)
+    check_fraction("test_fraction", test_fraction)
     _check_max_images("max_train_images", max_train_images)
     _check_max_images("max_test_images", max_test_images)
 
@@ -159,40 +151,12 @@ def load_image_data(
 
     train, test, validation = (standard.get(what) for what in splits)
     if test is None and test_split is not None:
-        train_indices, test_indices = _split_indices(train, test_fraction, seed, by_class=True)
+        train_indices, test_indices = split_indices(train, test_fraction, seed, by_class=True)
         train, test = train.select(train_indices), train.select(test_indices)
     train = _take_at_most(train, max_train_images, seed, f"training images of {name!r}")
     if test is not None:
         test = _take_at_most(test, max_test_images, seed, f"test images of {(test_dataset or name)!r}")
     return ImageData(train=train, test=test, class_names=class_names, validation=validation)
-
-
-def split_holdout(
-    dataset: "datasets.Dataset", fraction: float, seed: int, keep_labels: bool = False
-) -> "tuple[datasets.Dataset, datasets.Dataset]":
-    """Split off a part of the training images for choosing a model.
-
-    Args:
-        dataset (`datasets.Dataset`): Training images.
-        fraction (`float`): Share of the images to hold out, in (0, 1).
-        seed (`int`): Seed of the random choice.
-        keep_labels (`bool`, *optional*, defaults to `False`): Leave the held-out images their `label` column.
-
-    Files of a folder that share their name up to the last `_` stay on one side, as in [`load_image_data`].
-
-    Returns:
-        `tuple[datasets.Dataset, datasets.Dataset]`: The remaining images, and the held-out ones; both in the order of
-        `dataset`.
-
-    Raises:
-        InputError: If `fraction` is outside (0, 1) or if it leaves one side without images.
-    """
-    _check_fraction("fraction", fraction)
-    train_indices, holdout_indices = _split_indices(dataset, fraction, seed)
-    holdout = dataset.select(holdout_indices)
-    if is_labelled(holdout) and not keep_labels:
-        holdout = holdout.remove_columns("label")
-    return dataset.select(train_indices), holdout
 
 
 def _get_split(name: str, splits: "Mapping[str, datasets.Dataset]", split: str) -> "datasets.Dataset":
@@ -261,7 +225,7 @@ def _standardize(
         else:
             own = _find_label_column(name, split, label_column if is_own else None)
         column = column or own
-        names, labels[what] = _read_labels(name, split, own)
+        names, labels[what] = read_labels(name, split, own)
         if class_names is None:
             class_names, first = names, what
         unknown = sorted(set(labels[what] or ()) - set(class_names or ()))
@@ -271,7 +235,7 @@ def _standardize(
                 f"images, whose classes are {quote(class_names)}. Add {first} images of them or remove their {what} "
                 "images."
             )
-    return {what: _add_labels(images[what], labels[what], class_names) for what in splits}, class_names
+    return {what: add_labels(images[what], labels[what], class_names) for what in splits}, class_names
 
 
 def _select_images(name: str, dataset: "datasets.Dataset", requested: str | None) -> "datasets.Dataset":
@@ -306,7 +270,7 @@ def _find_label_column(name: str, dataset: "datasets.Dataset", requested: str | 
     if requested is not None:
         return _check_column(name, dataset, "label_column", requested)
     found = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
-    by_name = [column for column in ("label", "labels") if _holds_integers(dataset, column)]
+    by_name = [column for column in ("label", "labels") if holds_integers(dataset, column)]
     if len(found) > 1 and not by_name:
         raise InputError(
             f"Dataset {name!r} has several columns with a ClassLabel feature: {quote(found)}. "
@@ -324,142 +288,6 @@ def _check_column(name: str, dataset: "datasets.Dataset", argument: str, column:
     return column
 
 
-def _holds_integers(dataset: "datasets.Dataset", column: str) -> bool:
-    import datasets
-
-    feature = dataset.features.get(column)
-    return isinstance(feature, (datasets.Value, datasets.ClassLabel)) and feature.dtype.startswith(("int", "uint"))
-
-
-def _read_labels(
-    name: str, dataset: "datasets.Dataset", column: str | None
-) -> tuple[list[str] | None, list[str] | None]:
-    """Return the names of the classes and the class name of each image; `None` twice without labels."""
-    import datasets
-
-    if column is None or column not in dataset.column_names:
-        return None, None
-    feature = dataset.features[column]
-    values = dataset[column][:]
-    if _holds_integers(dataset, column):
-        missing = sum(value is None or value < 0 for value in values)
-    elif isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
-        missing = values.count(None)
-    else:
-        raise InputError(
-            f"label_column {column!r} of dataset {name!r} holds {feature}; accepted are a ClassLabel, integers and "
-            "strings. Pass another column."
-        )
-    if missing == len(values):
-        logger.info("A split of dataset %r has no labels in its column %r.", name, column)
-        return None, None
-    if missing:
-        raise InputError(
-            f"Column {column!r} of dataset {name!r} lacks the label of {missing} of {len(values)} images (None or "
-            "negative). Label all images of a split or none of them."
-        )
-    if isinstance(feature, datasets.ClassLabel):
-        return feature.names, [feature.names[value] for value in values]
-    if isinstance(values[0], str):
-        return sorted(set(values)), values
-    return [str(value) for value in range(max(values) + 1)], [str(value) for value in values]
-
-
-def _add_labels(
-    images: "datasets.Dataset", labels: list[str] | None, class_names: list[str] | None
-) -> "datasets.Dataset":
-    """Return the images with the column `label` if `labels`, the class name of each, are given."""
-    import datasets
-
-    if labels is None:
-        return images
-    index = {class_name: i for i, class_name in enumerate(class_names)}
-    ids = np.array([index[label] for label in labels], dtype=np.int64)
-    return images.add_column("label", ids, feature=datasets.ClassLabel(names=class_names))
-
-
-def _renumber(dataset: "datasets.Dataset | None", class_names: list[str]) -> "datasets.Dataset | None":
-    if dataset is None or not is_labelled(dataset):
-        return dataset
-    labels = dataset.features["label"].int2str(dataset["label"][:])
-    return _add_labels(dataset.remove_columns("label"), labels, class_names)
-
-
-def _is_number(class_name: str) -> bool:
-    """Tell whether a class has no name, or transformers' own for those without."""
-    return re.fullmatch(r"(LABEL_)?\d+", class_name) is not None
-
-
-def _split_indices(
-    dataset: "datasets.Dataset", fraction: float, seed: int, by_class: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draw `fraction` of the indices, the same share of each class if told to; return the others and those drawn."""
-    count = len(dataset)
-    asked = round(count * fraction)
-    if not 0 < asked < count:
-        raise InputError(
-            f"A fraction of {fraction} of {count} images leaves one side without images. "
-            "Give more images or a fraction nearer to 0.5."
-        )
-    labels = np.asarray(dataset["label"][:]) if by_class and is_labelled(dataset) else np.zeros(count, np.int64)
-    groups, singles = _name_groups(dataset), np.arange(count)
-    drawn = _draw_groups(groups, labels, asked, seed)
-    if len(np.unique(groups)) < count:
-        uneven = abs(len(drawn) - asked) > min(asked, count - asked) / 2
-        if uneven or set(labels) - set(np.delete(labels, drawn)):
-            logger.warning(
-                "Files that share their name up to the last '_' can't be kept together: there are too few such names. "
-                "Images are drawn one by one, so that crops or frames of one picture may be on both sides; give "
-                "validation and test images of your own if there are any."
-            )
-            drawn = _draw_groups(singles, labels, asked, seed)
-        else:
-            logger.info(
-                "Files that share their name up to the last '_' stay on one side: %d of %d images drawn.",
-                len(drawn),
-                count,
-            )
-    return np.setdiff1d(singles, drawn), drawn
-
-
-def _draw_groups(groups: np.ndarray, labels: np.ndarray, asked: int, seed: int) -> np.ndarray:
-    """Draw whole groups with about `asked` images in all, class by class by the label of each group's first image."""
-    _, first, sizes = np.unique(groups, return_index=True, return_counts=True)
-    order = np.random.default_rng(seed).permutation(len(first))
-    order = order[np.argsort(labels[first][order], kind="stable")]  # class by class, at random within a class
-    # A group is drawn where half of it or more is owed: of groups of one image, every k-th.
-    drawn, owed = [], 0
-    for group in order:
-        owed += asked * sizes[group]
-        if 2 * owed > len(groups) * sizes[group]:
-            drawn.append(group)
-            owed -= len(groups) * sizes[group]
-    return np.flatnonzero(np.isin(groups, drawn))
-
-
-def _name_groups(dataset: "datasets.Dataset") -> np.ndarray:
-    """Return the number of each image's group: files of a folder that share their name up to the last `_`.
-
-    Images without such a name are their own group. So are those of a folder where all share one: it tells nothing, as
-    in IMG_0001.jpg to IMG_0500.jpg.
-    """
-    import datasets
-
-    if not isinstance(dataset.features.get("image"), datasets.Image):
-        return np.arange(len(dataset))
-    images = dataset.with_format(None).select_columns("image").cast_column("image", datasets.Image(decode=False))
-    paths = [PurePath(path or "") for path in images.flatten()["image.path"][:]]  # the bytes are not read
-    keys = [(path.parent, path.stem.rpartition("_")[0]) for path in paths]
-    prefixes = Counter(folder for folder, _ in set(keys))  # how many different ones a folder has
-    numbers: dict[object, int] = {}
-    return np.array(
-        [
-            numbers.setdefault((folder, prefix) if prefix and prefixes[folder] > 1 else index, len(numbers))
-            for index, (folder, prefix) in enumerate(keys)
-        ]
-    )
-
-
 def _take_at_most(dataset: "datasets.Dataset", count: int | None, seed: int, what: str) -> "datasets.Dataset":
     """Return `count` images at random, or all in their order if there are no more than that."""
     if count is None or count >= len(dataset):
@@ -467,11 +295,6 @@ def _take_at_most(dataset: "datasets.Dataset", count: int | None, seed: int, wha
             logger.info("%d %s were asked for; using all %d.", count, what, len(dataset))
         return dataset
     return dataset.shuffle(seed=seed).select(range(count))
-
-
-def _check_fraction(name: str, fraction: float) -> None:
-    if not 0 < fraction < 1:
-        raise InputError(f"{name} must lie between 0 and 1, both excluded, got {fraction!r}. Try 0.2.")
 
 
 def _check_max_images(name: str, count: int | None) -> None:

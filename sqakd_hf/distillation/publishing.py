@@ -15,8 +15,8 @@ from transformers.utils import PushInProgress
 
 from .._compat import is_sharded
 from ..errors import reason
-from ..hub.loading import processor_of
 from ..hub.model_card import model_card
+from ..hub.model_preprocessing import processor_of
 from ..hub.upload import upload_errors, weight_bytes
 from ..hub_access import hub_id
 from ..reporting.html_report import html_report

@@ -33,7 +33,8 @@ from ..data.reproducible import RepeatableImages, own_random_numbers
 from ..data.sampling import sample_batches
 from ..data.stream import EndlessStream
 from ..errors import InputError
-from ..hub.loading import load_teacher, num_classes, record_processor
+from ..hub.loading import load_teacher, num_classes
+from ..hub.model_preprocessing import record_processor
 from ..hub.upload import upload_errors
 from ..layers.shared_weights import SharedWeights
 from ..outputs.forward import Prediction, predict, require_classes

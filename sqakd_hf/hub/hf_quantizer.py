@@ -242,7 +242,7 @@ class SQAKDHfQuantizer(HfQuantizer):
                 "The student has no ranges yet. Call calibrate_model or trainer.train() before you save it."
             )
         require_planned_layers(model)
-        from .loading import keep_preprocessing  # with all that image processors need
+        from .model_preprocessing import keep_preprocessing
 
         keep_preprocessing(model)
         layers = quantized_layers(model)

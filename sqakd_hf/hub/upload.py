@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError, UploadError, quote, reason
 from ..reporting.html_report import html_report
-from .loading import processor_of
 from .model_card import model_card
+from .model_preprocessing import processor_of
 
 
 REPORT = "report.html"

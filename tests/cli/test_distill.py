@@ -11,7 +11,7 @@ import torch
 
 from sqakd_hf import ImageTransform, InputError, build_model, load_teacher
 from sqakd_hf.cli import distill, evaluate
-from sqakd_hf.hub.loading import preprocessing
+from sqakd_hf.hub.model_preprocessing import preprocessing
 from tests.helpers.models import tiny_vit
 from tests.helpers.paths import ROOT
 

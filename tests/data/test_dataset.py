@@ -8,7 +8,9 @@ import PIL.Image
 import pytest
 
 from sqakd_hf.data import dataset as data_module
-from sqakd_hf.data.dataset import is_labelled, load_image_data, split_holdout
+from sqakd_hf.data.dataset import load_image_data
+from sqakd_hf.data.labels import is_labelled
+from sqakd_hf.data.splits import split_holdout
 from sqakd_hf.errors import InputError
 
 

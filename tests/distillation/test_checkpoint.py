@@ -333,8 +333,9 @@ import os, random, signal, sys, time
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from tests.distillation.test_checkpoint import BUILDS, AutoModelForImageClassification, last_checkpoint, load_file, make_trainer
-from sqakd_hf.checkpoint import is_complete
+from tests.distillation.test_checkpoint import BUILDS, AutoModelForImageClassification, last_checkpoint
+from tests.distillation.test_checkpoint import load_file, make_trainer
+from sqakd_hf.distillation.checkpoint import is_complete
 
 def forked(work):
     pid = os.fork()

@@ -18,7 +18,7 @@ from sqakd_hf import (
     quantize_model,
     verify_export,
 )
-from sqakd_hf.hub.loading import preprocessing
+from sqakd_hf.hub.model_preprocessing import preprocessing
 from sqakd_hf.reporting.html_report import html_report
 
 

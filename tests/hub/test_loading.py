@@ -21,14 +21,8 @@ from sqakd_hf import (
     load_teacher,
     quantize_model,
 )
-from sqakd_hf.hub.loading import (
-    num_classes,
-    preprocessing,
-    processor_of,
-    record_preprocessing,
-    record_processor,
-    resolve_name,
-)
+from sqakd_hf.hub.loading import num_classes, resolve_name
+from sqakd_hf.hub.model_preprocessing import preprocessing, processor_of, record_preprocessing, record_processor
 from sqakd_hf.hub.preprocessing import Preprocessing, image_processor
 
 

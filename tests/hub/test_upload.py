@@ -253,7 +253,7 @@ def test_the_trainer_uploads_packed_students_by_every_strategy(hub, run, tmp_pat
         """
         loaded = AutoModelForImageClassification.from_pretrained("me/run")
         assert torch.equal(logits(loaded), torch.load(sys.argv[1] + "/logits.pt"))
-        from sqakd_hf.record import TrainingRecord
+        from sqakd_hf.reporting.training_record import TrainingRecord
         record = TrainingRecord.load("me/run")
         assert record.results["student"]["images"] == 16 and any("eval_loss" in log for log in record.log_history)
         """
