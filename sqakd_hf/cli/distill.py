@@ -25,19 +25,17 @@ import transformers
 from transformers import HfArgumentParser, PreTrainedModel, set_seed
 
 from ..conversion.convert import quantize_model
-from ..conversion.plan import plan_quantization
-from ..data.dataset import ImageData, is_labelled, load_image_data, split_holdout
+from ..conversion.planner import plan_quantization
+from ..data.dataset import ImageData, load_image_data
+from ..data.labels import is_labelled
+from ..data.splits import split_holdout
 from ..data.transforms import ImageTransform
 from ..distillation.checkpoint import last_checkpoint
 from ..distillation.interrupt import InterruptCallback
 from ..distillation.trainer import SQAKDTrainer
 from ..errors import InputError
-from ..hub.loading import (
-    Preprocessing,
-    image_processor,
-    preprocessing,
-    record_preprocessing,
-)
+from ..hub.model_preprocessing import preprocessing, record_preprocessing
+from ..hub.preprocessing import Preprocessing, image_processor
 from ..reporting.tables import results_table
 from ..reporting.training_record import to_json
 from ..research.objective import parse_objective, reads_labels

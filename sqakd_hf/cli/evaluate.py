@@ -19,11 +19,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..data.collator import ImageCollator
-from ..data.dataset import ImageData, is_labelled, load_image_data
+from ..data.dataset import ImageData, load_image_data
+from ..data.labels import is_labelled
 from ..data.transforms import ImageTransform
 from ..distillation.losses import check_same_classes
 from ..distillation.metrics import TeacherAgreement, TeacherDivergence, TopKAccuracy
-from ..hub.loading import Preprocessing, load_teacher, num_classes, preprocessing
+from ..hub.loading import load_teacher, num_classes
+from ..hub.model_preprocessing import preprocessing
+from ..hub.preprocessing import Preprocessing
 from ..outputs.forward import predict
 from ..reporting.training_record import to_json
 from .students import class_names, load_student

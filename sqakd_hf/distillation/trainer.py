@@ -28,7 +28,7 @@ from ..conversion.student import (
     record_signedness,
     require_planned_layers,
 )
-from ..data.collator import ImageCollator
+from ..data.collator import LOGITS, ImageCollator
 from ..data.reproducible import RepeatableImages, own_random_numbers
 from ..data.sampling import sample_batches
 from ..data.stream import EndlessStream
@@ -53,7 +53,7 @@ from .nan_diagnostics import FiniteWatch
 from .parameter_groups import ranges_of, set_aside, warn_of_missing
 from .publishing import Publisher, listed, save_arguments, save_student, warn_of_harm
 from .teacher import Teacher, teacher_dtype
-from .teacher_cache import LOGITS, cache_teacher_logits
+from .teacher_cache import cache_teacher_logits
 from .training_args import SQAKDTrainingArguments
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..conversion.student import is_calibrated
 from ..errors import InputError, first_line, quote
-from ..hub.loading import Preprocessing
+from ..hub.preprocessing import Preprocessing
 from ..hub_access import hub_id
 from .engines import DeployReport, kernels
 from .lowering import CONTAINERS, lower

@@ -10,8 +10,9 @@ from ..conversion.calibration import calibrate_model
 from ..conversion.student import is_calibrated, quantized_layers, require_planned_layers
 from ..conversion.trace import example_images, image_channels
 from ..errors import InputError, first_line
-from ..hub.loading import Preprocessing, load_teacher
+from ..hub.loading import load_teacher
 from ..hub.model_preprocessing import preprocessing
+from ..hub.preprocessing import Preprocessing
 
 
 EXAMPLES = 8

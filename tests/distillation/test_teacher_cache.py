@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from sqakd_hf import ImageTransform, InputError, SQAKDTrainer
-from sqakd_hf.distillation.teacher_cache import LOGITS, cache_teacher_logits
+from sqakd_hf.data.collator import LOGITS
+from sqakd_hf.distillation.teacher_cache import cache_teacher_logits
 from tests.helpers.models import IMAGE_SIZE
 from tests.helpers.training import Images, ImageStream, arguments, models
 
