@@ -90,7 +90,7 @@ _LAZY = {
     "ImageCollator": "data.collator",
     "ImageData": "data.dataset",
     "load_image_data": "data.dataset",
-    "split_holdout": "data.dataset",
+    "split_holdout": "data.splits",
     "DeployReport": "export",
     "deploy_report": "export",
     "ExportCheck": "export",

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .training_images import TrainingImages
+
 
 if TYPE_CHECKING:
     from .trainer import SQAKDTrainer
@@ -14,10 +16,11 @@ class StepCallback(TrainerCallback):
 
     Args:
         trainer (`SQAKDTrainer`): Whose callback it is.
+        images (`TrainingImages`): Those that it trains on.
     """
 
-    def __init__(self, trainer: "SQAKDTrainer") -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: "SQAKDTrainer", images: TrainingImages) -> None:
+        self._trainer, self._images = trainer, images
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -27,7 +30,7 @@ class StepCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        self._trainer.begin_epoch(int(state.epoch))
+        self._images.begin_epoch(int(state.epoch))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -8,8 +8,8 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, HfApi
-from transformers import PreTrainedModel, Trainer
+from huggingface_hub import CommitInfo
+from transformers import PreTrainedModel
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
@@ -81,97 +81,154 @@ def save_student(
         processor.save_pretrained(folder)
 
 
-def listed(names: str | Sequence[str] | None) -> list[str]:
-    """Return one name, several or none as a list."""
+def _listed(names: str | Sequence[str] | None) -> list[str]:
     return [names] if isinstance(names, str) else list(names or ())
 
 
-class Publisher:
-    """Writes the card and the report of a trainer's student, and uploads its folder.
+class PublishingMixin:
+    """The part of `SQAKDTrainer` that writes cards and uploads, with the signatures of Trainer's own."""
 
-    Args:
-        trainer (`SQAKDTrainer`): Whose student it is; its measurements and arguments go into the card.
-    """
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Upload the packed student, its image processor and its card, as [`~transformers.Trainer.push_to_hub`] does.
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._hub = HfApi()  # one: it uploads in the background one after the other
-
-    def write_card(self, name: str, finetuned_from: str | None, with_labels: bool, **card: Any) -> None:
-        """Write `README.md`, the report, the learning curve and the training record into the output folder.
-
-        Args:
-            name (`str`): Of the student, or its repository.
-            finetuned_from (`str`, *optional*): Hub id of the full-precision model; by default the teacher's.
-            with_labels (`bool`): Whether the training read labels.
-            **card: What [`~sqakd_hf.hub.model_card.model_card`] takes besides.
+        Raises:
+            `UploadError`: The Hub refused, or the connection broke; the files stay in `args.output_dir`.
         """
-        trainer, model, folder = self._trainer, self._trainer.model, self._trainer.args.output_dir
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = self.args.hub_token if token is None else token
+        if self.hub_model_id is None:
+            with upload_errors(self.args.hub_model_id or self.args.output_dir, "Nothing was changed on this side"):
+                self.init_hf_repo(token=token, **({} if private is None else {"private": private}))
+        self._finish_current_push()  # which reads the files that are written now
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        tags = [*_listed(kwargs.pop("tags", None)), *_listed(getattr(self.model, "model_tags", None))]
+        kwargs.setdefault("model_name", self.hub_model_id.split("/")[-1])
+        self.create_model_card(tags=list(dict.fromkeys(tags)), **kwargs)
+        with upload_errors(self.hub_model_id, f"All files are in {self.args.output_dir!r}"):
+            upload = self._hub.upload_folder(
+                repo_id=self.hub_model_id,
+                folder_path=self.args.output_dir,
+                commit_message=commit_message,
+                token=token,
+                run_as_future=not blocking,
+                ignore_patterns=NOT_UPLOADED,
+                revision=self.args.hub_revision if revision is None else revision,
+            )
+        if not blocking:
+            self.push_in_progress = PushInProgress([upload])
+        return upload
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write the student's card, `README.md` in the output folder, and its report, with what this trainer measured.
+
+        The report is `report.html`, see [`~sqakd_hf.reporting.html_report.html_report`]; `training_record.json` holds
+        its numbers. A student that is sharded over processes gets none: `sqakd inspect --html` makes it of the saved
+        one.
+
+        The arguments are those of [`~transformers.Trainer.create_model_card`]; `tasks` and `dataset_args` follow from
+        the model. A model that is not of transformers gets transformers' own card.
+        """
+        if not isinstance(self.model, PreTrainedModel):
+            super().create_model_card(
+                language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
+            )
+            return
+        if not self.is_world_process_zero():
+            return
+        folder = self.args.output_dir
+        name = self.hub_model_id or model_name or os.path.basename(os.path.abspath(folder))
         os.makedirs(folder, exist_ok=True)
-        TrainingRecord(trainer.results, trainer.state.log_history, trainer.layer_sqnr).save(folder)
+        TrainingRecord(self.results, self.state.log_history, self.layer_sqnr).save(folder)
         record = TrainingRecord.load(folder)  # numbers alone
         curve = "learning_curve.png" if any("loss" in log for log in record.log_history) else None
-        report = None if is_sharded(model) else "report.html"
+        report = None if is_sharded(self.model) else "report.html"
         if report is not None:
-            page = html_report(model, name, record)
+            page = html_report(self.model, name, record)
             with open(os.path.join(folder, report), "w", encoding="utf-8") as file:
                 file.write(page)
         if curve is not None:
             plot_learning_curve(record.log_history, os.path.join(folder, curve), name)
-        teacher = getattr(trainer.teacher.models[0], "config", None)
-        base = hub_id(getattr(teacher, "_name_or_path", None)) or model.hf_quantizer.base_model
-        written = model_card(
-            model,
+        card = model_card(
+            self.model,
             name,
-            base_model=finetuned_from or base,
-            results=trainer.results,
-            training_arguments={name: getattr(trainer.args, name) for name in CARD_ARGUMENTS},
+            base_model=finetuned_from or self._base_model(),
+            results=self.results,
+            training_arguments={name: getattr(self.args, name) for name in CARD_ARGUMENTS},
+            datasets=_listed(dataset_tags),
+            dataset_name=", ".join(_listed(dataset)) or None,
+            license=license,
+            language=language,
+            tags=_listed(tags),
             stored_bytes=weight_bytes(folder) or None,
             learning_curve=curve,
             report=report,
-            with_labels=with_labels,
-            **card,
+            with_labels=any(extension.reads_labels for extension in self.extensions),
         )
-        written.save(os.path.join(folder, "README.md"))
+        card.save(os.path.join(folder, "README.md"))
 
-    def upload(self, **options: Any) -> CommitInfo | Future[CommitInfo]:
-        """Upload the output folder; the options are those of `HfApi.upload_folder`.
+    def _base_model(self) -> str | None:
+        teacher = getattr(self.teacher.models[0], "config", None)
+        return hub_id(getattr(teacher, "_name_or_path", None)) or self.model.hf_quantizer.base_model
 
-        Raises:
-            `UploadError`: The Hub refused, or the connection broke; the files stay where they are.
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload while training: the packed student, and the checkpoint itself where `hub_strategy` wants it.
+
+        Trainer's own copies the checkpoint's float latents, and a pickle with the token in it.
         """
-        trainer = self._trainer
-        with upload_errors(trainer.hub_model_id, f"All files are in {trainer.args.output_dir!r}"):
-            upload = self._hub.upload_folder(
-                repo_id=trainer.hub_model_id,
-                folder_path=trainer.args.output_dir,
-                ignore_patterns=NOT_UPLOADED,
-                **options,
-            )
-        if options.get("run_as_future"):
-            trainer.push_in_progress = PushInProgress([upload])
-        return upload
-
-    def upload_while_training(self, checkpoint: str) -> None:
-        """Upload, in the background, the output folder and, where `hub_strategy` wants it, the `checkpoint` folder."""
-        trainer = self._trainer
-        args, state = trainer.args, trainer.state
-        by_steps = args.save_strategy == SaveStrategy.STEPS
-        message = f"Training in progress, {f'step {state.global_step}' if by_steps else f'epoch {int(state.epoch)}'}"
+        if self.args.hub_strategy == HubStrategy.END:
+            return
+        gathered = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None  # by all processes
+        if not self.is_world_process_zero():
+            return
+        if self.push_in_progress is not None and not self.push_in_progress.is_done():
+            if not self.args.hub_always_push:
+                return
+            self._finish_current_push()  # it reads the files that are written now
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._format = "packed"
+        self._save(self.args.output_dir, gathered)
+        self.create_model_card()
+        by_steps = self.args.save_strategy == SaveStrategy.STEPS
+        progress = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch)}"
+        message = f"Training in progress, {progress}"
         upload = functools.partial(
             self._hub.upload_folder,
-            repo_id=trainer.hub_model_id,
-            token=args.hub_token,
+            repo_id=self.hub_model_id,
+            token=self.args.hub_token,
             run_as_future=True,
-            revision=args.hub_revision,
+            revision=self.args.hub_revision,
         )
-        jobs = [upload(folder_path=args.output_dir, commit_message=message, ignore_patterns=NOT_UPLOADED)]
-        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            inside = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else os.path.basename(checkpoint)
-            jobs.append(upload(folder_path=checkpoint, path_in_repo=inside, commit_message=f"{message}, checkpoint"))
+        jobs = [upload(folder_path=self.args.output_dir, commit_message=message, ignore_patterns=NOT_UPLOADED)]
+        strategy = self.args.hub_strategy
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            inside = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else os.path.basename(checkpoint_folder)
+            jobs.append(
+                upload(folder_path=checkpoint_folder, path_in_repo=inside, commit_message=f"{message}, checkpoint")
+            )
         for job in jobs:
             job.add_done_callback(_warn_of_failure)
-        trainer.push_in_progress = PushInProgress(jobs)
+        self.push_in_progress = PushInProgress(jobs)
 
 
 def _warn_of_failure(upload: Future) -> None:

@@ -3,19 +3,16 @@
 import contextlib
 import copy
 import logging
-import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo
+from huggingface_hub import HfApi
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import BestRun, EvalLoopOutput, HubStrategy, has_length
+from transformers.trainer_utils import EvalLoopOutput
 
 from .._compat import checkpoint_folder, compile_options, forget_preparation, is_sharded, keep_parameters_float32
 from ..conversion.calibration import calibrate_model
@@ -23,21 +20,16 @@ from ..conversion.convert import require_float32_latents
 from ..conversion.student import (
     batch_norms,
     is_calibrated,
-    quantized_layers,
-    quantizers,
-    record_signedness,
     require_planned_layers,
 )
 from ..data.collator import LOGITS, ImageCollator
-from ..data.reproducible import RepeatableImages, own_random_numbers
+from ..data.reproducible import own_random_numbers
 from ..data.sampling import sample_batches
-from ..data.stream import EndlessStream
 from ..errors import InputError
-from ..hub.loading import load_teacher, num_classes
+from ..hub.loading import load_teacher
 from ..hub.model_preprocessing import record_processor
-from ..hub.upload import upload_errors
 from ..layers.shared_weights import SharedWeights
-from ..outputs.forward import Prediction, predict, require_classes
+from ..outputs.forward import Prediction, predict
 from ..quantization.recompute import recompute_quantized
 from .best_student import BestStudent
 from .callbacks import StepCallback
@@ -47,20 +39,23 @@ from .extensions import Extension, registered_extensions
 from .interrupt import InterruptCallback
 from .last_batch import check_last_batch
 from .layer_sqnr import layer_sqnr
-from .losses import box_loss, check_same_classes, distillation_loss
+from .losses import box_loss, distillation_loss
 from .measurements import Measurements
 from .nan_diagnostics import FiniteWatch
+from .pairing import require_student
 from .parameter_groups import ranges_of, set_aside, warn_of_missing
-from .publishing import Publisher, listed, save_arguments, save_student, warn_of_harm
+from .processes import follow_first_process
+from .publishing import PublishingMixin, save_arguments, save_student, warn_of_harm
 from .teacher import Teacher, teacher_dtype
-from .teacher_cache import cache_teacher_logits
 from .training_args import SQAKDTrainingArguments
+from .training_images import TrainingImages
+from .trials import TrialsMixin
 
 
 logger = logging.getLogger(__name__)
 
 
-class SQAKDTrainer(Trainer):
+class SQAKDTrainer(PublishingMixin, TrialsMixin, Trainer):
     """Distil a quantized student from its full-precision teacher, on images without labels.
 
     The loss is [`distillation_loss`] of the two models' logits on the same batch and nothing else (unless
@@ -131,50 +126,20 @@ class SQAKDTrainer(Trainer):
             args.channels_last,
             compile_options=self._compile_options,
         )
-        self.add_callback(StepCallback(self))
         self.best = BestStudent(self)
         self._watch = FiniteWatch(self, lambda inputs: self._predict(self.model, inputs))
-        self._publisher = Publisher(self)
+        self._images = TrainingImages(self)
+        self.add_callback(StepCallback(self, self._images))
+        self._hub = HfApi()  # one: it uploads in the background one after the other
         self._format = "packed"
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         keep_parameters_float32(self.accelerator)
 
-    def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Return a new student of `model_init`, checked like one that the trainer is given."""
-        model = super().call_model_init(trial)
-        if model is self.model:
-            raise InputError(
-                "model_init returned the student that this trainer has already. Return a new one: "
-                "copy.deepcopy(teacher), then quantize_model."
-            )
-        self._take_student(model)
-        record_processor(model, getattr(self, "processing_class", None))
-        return model
-
     def _take_student(self, model: nn.Module) -> None:
         """Refuse a model that can't be this trainer's student; keep nothing of the student before."""
-        require_planned_layers(model)
-        require_classes(model)
-        if not quantized_layers(model):
-            raise InputError(
-                "The student is not quantized. Call quantize_model(model, QuantizationConfig(...)) first."
-            )
-        if isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is None:
-            raise InputError(
-                "The student has quantized layers that quantize_model did not put there, and could not be saved. "
-                "Use quantize_model, with overrides for single layers."
-            )
-        for teacher in self._teachers:
-            if teacher is model:
-                raise InputError("Student and teacher are one object. Use copy.deepcopy(model) before quantizing it.")
-            if quantized_layers(teacher):
-                raise InputError("The teacher is quantized. Pass the full-precision model.")
-            require_classes(teacher)
-            classes = num_classes(model), num_classes(teacher)
-            if None not in classes:
-                check_same_classes(*classes)
+        require_student(model, self._teachers)
         for each in (model, *self._teachers):
             forget_preparation(each)
         if self.args.channels_last:
@@ -219,34 +184,6 @@ class SQAKDTrainer(Trainer):
         """Whether training ended with the student as it was before its first step, which no later one surpassed."""
         return self.best.is_calibrated
 
-    def _hp_search_setup(self, trial: Any) -> None:
-        """Set what a trial changes of the arguments, and get ready: the student is made, no checkpoint is loaded.
-
-        `Trainer.train` calls it there, with and without a trial.
-        """
-        rate = self.args.quantizer_learning_rate
-        follows = rate == self.args.learning_rate / 100
-        super()._hp_search_setup(trial)
-        if follows and self.args.quantizer_learning_rate == rate:
-            self.args.quantizer_learning_rate = self.args.learning_rate / 100
-        self._get_ready()
-
-    def hyperparameter_search(
-        self,
-        hp_space: Callable[[Any], dict[str, Any]] | None = None,
-        compute_objective: Callable[[dict[str, float]], float] | None = None,
-        n_trials: int = 20,
-        direction: str | list[str] = "minimize",
-        **kwargs: Any,
-    ) -> BestRun | list[BestRun]:
-        """Search as [`~transformers.Trainer.hyperparameter_search`] does; what is minimised is by default `eval_loss`.
-
-        Trainer's own default is the sum of the other metrics, the agreement with the teacher among them.
-        """
-        if compute_objective is None and direction == "minimize":
-            compute_objective = operator.itemgetter("eval_loss")
-        return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, **kwargs)
-
     def _get_ready(self) -> None:
         """Let the student and what goes with it begin a training."""
         require_planned_layers(self.model)
@@ -284,42 +221,8 @@ class SQAKDTrainer(Trainer):
             check_last_batch(self.model, self.args, self.train_dataset, self.data_collator)
 
     def _get_dataloader(self, dataset: Dataset, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
-        dataset = self._as_trained(dataset) if is_training else dataset
+        dataset = self._images.as_trained(dataset) if is_training else dataset
         return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
-
-    def _as_trained(self, images: Dataset | IterableDataset) -> Dataset | IterableDataset:
-        """Let images bring their teacher's logits if `cache_teacher_logits` says so, and let streams never end.
-
-        What is augmented at random draws numbers that a resumed run draws as well.
-        """
-        self._repeatable = None
-        if self.args.cache_teacher_logits is not None:
-            return cache_teacher_logits(
-                images,
-                self.args.cache_teacher_logits,
-                self._logits_to_cache,
-                f"{self.teacher.fingerprint()} T={self.args.temperature} {self.args.output_field}",
-                self.data_collator,
-                self.args.per_device_eval_batch_size,
-                self.args.dataloader_num_workers,
-                computes=self.is_local_process_zero(),
-                disable_progress=self.args.disable_tqdm or not self.is_world_process_zero(),
-            )
-        if isinstance(images, IterableDataset):
-            return images if has_length(images) else EndlessStream(images, self.args.seed)
-        self._repeatable = RepeatableImages(images, self.args.seed)
-        return self._repeatable
-
-    def begin_epoch(self, epoch: int) -> None:
-        """Let images that are augmented at random draw the numbers of this epoch."""
-        if self._repeatable is not None:
-            self._repeatable.begin_epoch(epoch)
-
-    def _logits_to_cache(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        prediction = self.teacher_prediction(self._prepare_inputs(batch))
-        if prediction.boxes is not None:
-            raise InputError("cache_teacher_logits keeps class logits alone: a detector's teacher has boxes as well.")
-        return prediction.logits
 
     def calibrate(self) -> None:
         """Set the student's ranges by [`calibrate_model`], from `args.calibration_images` of the training images.
@@ -334,7 +237,7 @@ class SQAKDTrainer(Trainer):
             list(self._sampled(self.args.calibration_images)),
             disable_progress=not self.is_world_process_zero(),
         )
-        self._follow_first_process()
+        follow_first_process(self.model, self.args.world_size)
         self._calibrated = True
 
     @property
@@ -379,19 +282,6 @@ class SQAKDTrainer(Trainer):
             teacher = copy.deepcopy(teacher).float()
         self.layer_sqnr[self._measured_as] = layer_sqnr(self.model, teacher, self.sample_images(images))
         return self.layer_sqnr[self._measured_as]
-
-    @torch.no_grad()
-    def _follow_first_process(self) -> None:
-        """Give every process the first one's ranges and buffers: DDP evens them only as a training forward begins."""
-        if self.args.world_size == 1:
-            return
-        own = [tensor for quantizer in quantizers(self.model) for tensor in quantizer.range_tensors().values()]
-        for tensor in {id(tensor): tensor for tensor in (*own, *self.model.buffers())}.values():
-            if not isinstance(tensor, DTensor):  # sharded: the processes hold parts of one tensor
-                torch.distributed.broadcast(tensor.data, src=0)
-        for quantizer in quantizers(self.model):
-            quantizer.refresh()
-        record_signedness(self.model)
 
     def sample_images(self, total: int, batch: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
         """Yield prepared batches of `total` training images, see [`~sqakd_hf.data.sampling.sample_batches`].
@@ -562,7 +452,9 @@ class SQAKDTrainer(Trainer):
         require_planned_layers(self.model)
         if self.is_in_train:
             self._watch.check_model()
-        self._follow_first_process()  # BatchNorm's statistics are those of each process's own images
+        follow_first_process(
+            self.model, self.args.world_size
+        )  # BatchNorm's statistics are those of each process's own images
         self._sums = EvaluationSums(self.accelerator)
         with own_random_numbers(self.args.seed):  # loaders draw from the generators that training goes on with
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -600,7 +492,7 @@ class SQAKDTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._watch.check_model()
         folder = checkpoint_folder(self, trial)
-        self._follow_first_process()
+        follow_first_process(self.model, self.args.world_size)
         if self.args.should_save:
             discard_state(folder)  # written last: a checkpoint that is being written again is not complete
             os.makedirs(folder, exist_ok=True)
@@ -624,96 +516,3 @@ class SQAKDTrainer(Trainer):
             state = self.model.state_dict() if state_dict is None else state_dict
             super()._save(folder, {name: tensor.contiguous() for name, tensor in state.items()})
         save_arguments(self.args, folder)
-
-    # --- the Hub ---
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> CommitInfo | Future[CommitInfo] | None:
-        """Upload the packed student, its image processor and its card, as [`~transformers.Trainer.push_to_hub`] does.
-
-        Raises:
-            `UploadError`: The Hub refused, or the connection broke; the files stay in `args.output_dir`.
-        """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        token = self.args.hub_token if token is None else token
-        if self.hub_model_id is None:
-            with upload_errors(self.args.hub_model_id or self.args.output_dir, "Nothing was changed on this side"):
-                self.init_hf_repo(token=token, **({} if private is None else {"private": private}))
-        self._finish_current_push()  # which reads the files that are written now
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        tags = [*listed(kwargs.pop("tags", None)), *listed(getattr(self.model, "model_tags", None))]
-        kwargs.setdefault("model_name", self.hub_model_id.split("/")[-1])
-        self.create_model_card(tags=list(dict.fromkeys(tags)), **kwargs)
-        return self._publisher.upload(
-            commit_message=commit_message,
-            token=token,
-            run_as_future=not blocking,
-            revision=self.args.hub_revision if revision is None else revision,
-        )
-
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
-        """Write the student's card, `README.md` in the output folder, and its report, with what this trainer measured.
-
-        The report is `report.html`, see [`~sqakd_hf.reporting.html_report.html_report`]; `training_record.json` holds
-        its numbers. A student that is sharded over processes gets none: `sqakd inspect --html` makes it of the saved
-        one.
-
-        The arguments are those of [`~transformers.Trainer.create_model_card`]; `tasks` and `dataset_args` follow from
-        the model. A model that is not of transformers gets transformers' own card.
-        """
-        if not isinstance(self.model, PreTrainedModel):
-            super().create_model_card(
-                language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
-            )
-        elif self.is_world_process_zero():
-            name = self.hub_model_id or model_name or os.path.basename(os.path.abspath(self.args.output_dir))
-            self._publisher.write_card(
-                name,
-                finetuned_from,
-                with_labels=any(extension.reads_labels for extension in self.extensions),
-                datasets=listed(dataset_tags),
-                dataset_name=", ".join(listed(dataset)) or None,
-                license=license,
-                language=language,
-                tags=listed(tags),
-            )
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upload while training: the packed student, and the checkpoint itself where `hub_strategy` wants it.
-
-        Trainer's own copies the checkpoint's float latents, and a pickle with the token in it.
-        """
-        if self.args.hub_strategy == HubStrategy.END:
-            return
-        gathered = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None  # by all processes
-        if not self.is_world_process_zero():
-            return
-        if self.push_in_progress is not None and not self.push_in_progress.is_done():
-            if not self.args.hub_always_push:
-                return
-            self._finish_current_push()  # it reads the files that are written now
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self._format = "packed"
-        self._save(self.args.output_dir, gathered)
-        self.create_model_card()
-        self._publisher.upload_while_training(checkpoint_folder)
