@@ -452,9 +452,8 @@ class SQAKDTrainer(PublishingMixin, TrialsMixin, Trainer):
         require_planned_layers(self.model)
         if self.is_in_train:
             self._watch.check_model()
-        follow_first_process(
-            self.model, self.args.world_size
-        )  # BatchNorm's statistics are those of each process's own images
+        # BatchNorm's statistics are those of each process's own images.
+        follow_first_process(self.model, self.args.world_size)
         self._sums = EvaluationSums(self.accelerator)
         with own_random_numbers(self.args.seed):  # loaders draw from the generators that training goes on with
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
