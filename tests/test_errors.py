@@ -1,6 +1,8 @@
 import pytest
 
-from sqakd_hf.errors import InputError, check_bits, reason, suggest
+from sqakd_hf._text import reason, suggest
+from sqakd_hf._validation import check_bits
+from sqakd_hf.errors import InputError
 
 
 class TestInputError:

@@ -16,8 +16,8 @@ import sqakd_hf
 ROOT = Path(sqakd_hf.__file__).parent
 # A folder (or a module beside the folders) imports from those before it; those of one line know nothing of each other.
 ORDER = [
-    "errors | _compat",
-    "hub_access",
+    "errors | _compat | _text",
+    "_validation",
     "data | quantization",
     "layers",
     "outputs",

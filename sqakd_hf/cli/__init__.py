@@ -4,7 +4,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from ..errors import ExportMismatchError, InputError, UploadError, quote, suggest
+from .._text import quote, suggest
+from ..errors import ExportMismatchError, InputError, UploadError
 
 
 COMMANDS = {

@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from .._text import suggest
 from ..conversion.config import QuantizationConfig
-from ..errors import InputError, suggest
+from ..errors import InputError
 
 
 @dataclass

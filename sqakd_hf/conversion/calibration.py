@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..errors import InputError, first_line
+from .._text import first_line
+from ..errors import InputError
 from ..layers.quantized_layer import QuantizedLayer
 from ..outputs.forward import run_model
 from ..quantization.quantizers import FEW_BITS, FakeQuantizer

@@ -11,7 +11,9 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..errors import InputError, check_bits, suggest
+from .._text import suggest
+from .._validation import check_bits, check_integer
+from ..errors import InputError
 from ..quantization.quantizers import FakeQuantizer, create_quantizer, list_quantizers
 
 
@@ -95,9 +97,7 @@ class QuantizationConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = list(self.modules_to_not_convert)
         if not all(isinstance(pattern, str) for pattern in self.modules_to_not_convert):
             raise InputError(f"modules_to_not_convert must be a list of names, got {self.modules_to_not_convert!r}.")
-        version = self.format_version
-        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-            raise InputError(f"format_version must be a positive integer, got {version!r}.")
+        check_integer(self.format_version, "format_version")
         if self.stored is not None and not isinstance(self.stored, dict):
             raise InputError(f"stored must be what saving wrote, or None; got {self.stored!r}.")
         self.check_layer_options(self.layer_options())

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from .._text import text_table
 from ..quantization.quantizers import FEW_BITS
 
 
@@ -200,11 +201,7 @@ class QuantizationPlan:
             macs = "" if layer.macs is None else _count(layer.macs)
             weights = f"{layer.num_weights:,}" if layer.num_weights else ""
             rows.append((layer.name, layer.layer_type, weights, macs, *end))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
-        return "\n".join([*lines, self.summary(), str(self.coverage())])
+        return "\n".join([*text_table(rows), self.summary(), str(self.coverage())])
 
 
 _INPUT = {True: "signed", False: "unsigned", None: ""}

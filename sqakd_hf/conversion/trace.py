@@ -8,7 +8,8 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import nn
 
-from ..errors import InputError, first_line
+from .._text import first_line
+from ..errors import InputError
 from ..layers.quantized_layer import QuantizedLayer
 from ..outputs.forward import run_model
 from .watcher import IMAGE, Trace, Watcher, set_sources

@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..errors import InputError, quote, reason, suggest
+from .._text import quote, reason, suggest
+from .._validation import check_integer
+from ..errors import InputError
 from .labels import add_labels, holds_integers, is_number, read_labels, renumber
 from .sources import VALIDATION_SPLITS, load_splits
 from .splits import check_fraction, split_indices
@@ -298,5 +300,5 @@ def _take_at_most(dataset: "datasets.Dataset", count: int | None, seed: int, wha
 
 
 def _check_max_images(name: str, count: int | None) -> None:
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-        raise InputError(f"{name} must be an integer of at least 1, got {count!r}. To use all images leave it out.")
+    if count is not None:
+        check_integer(count, name, hint="To use all images leave it out.")

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import InputError, quote, reason, suggest
-from ..hub_access import hub_is_reachable
+from .._text import quote, reason, suggest
+from ..errors import InputError
+from .hub_access import hub_is_reachable
 
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..errors import InputError, quote, reason, suggest
+from .._text import quote, reason, suggest
+from ..errors import InputError
 
 
 if TYPE_CHECKING:

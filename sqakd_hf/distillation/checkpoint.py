@@ -5,7 +5,8 @@ import logging
 import os
 import re
 
-from ..errors import InputError, quote
+from .._text import quote
+from ..errors import InputError
 
 
 logger = logging.getLogger(__name__)

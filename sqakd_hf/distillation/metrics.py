@@ -5,6 +5,7 @@ import evaluate
 import numpy as np
 import torch
 
+from .._validation import is_integer
 from ..errors import InputError
 from ..outputs.distributions import check_distribution
 from .losses import distillation_loss
@@ -30,7 +31,7 @@ class TopKAccuracy(evaluate.Metric):
 
     def _compute(self, predictions: list, references: list, k: int = 1) -> dict[str, float]:
         logits = _distributions(predictions).numpy()
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= logits.shape[1]:
+        if not is_integer(k, 1, logits.shape[1]):
             raise InputError(f"k must be an integer from 1 to the number of classes, {logits.shape[1]}, got {k!r}.")
         labels = np.asarray(references)
         if not (labels >= 0).any():

@@ -14,11 +14,11 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
 from .._compat import is_sharded
-from ..errors import reason
+from .._text import reason
+from ..data.hub_access import hub_id
 from ..hub.model_card import model_card
 from ..hub.model_preprocessing import processor_of
 from ..hub.upload import upload_errors, weight_bytes
-from ..hub_access import hub_id
 from ..reporting.html_report import html_report
 from ..reporting.tables import plot_learning_curve
 from ..reporting.training_record import TrainingRecord

@@ -14,9 +14,10 @@ from torch import distributed
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
+from .._text import quote, reason
 from ..data.collator import LOGITS, columns
 from ..data.reproducible import fetch, own_random_numbers
-from ..errors import InputError, quote, reason
+from ..errors import InputError
 from ..quantization.packing import checksum
 
 

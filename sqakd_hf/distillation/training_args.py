@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from ..errors import InputError, quote
+from .._text import quote
+from .._validation import check_integer
+from ..errors import InputError
 from .extensions import registered_extensions
 from .losses import check_temperature
 from .teacher import TEACHER_DTYPES
@@ -145,14 +147,10 @@ class SQAKDTrainingArguments(TrainingArguments):
             self.quantizer_learning_rate = self.learning_rate / 100
         if self.quantizer_learning_rate < 0:
             raise InputError(f"quantizer_learning_rate must not be negative, got {self.quantizer_learning_rate!r}.")
-        if self.calibration_images < 2:
-            raise InputError(
-                f"calibration_images must be at least 2, as batch statistics need; got {self.calibration_images!r}. "
-                "Use a few hundred."
-            )
-        images = self.reestimate_batch_norm
-        if isinstance(images, bool) or not isinstance(images, int) or images < 0:
-            raise InputError(f"reestimate_batch_norm must be a number of images, got {images!r}.")
+        check_integer(
+            self.calibration_images, "calibration_images", 2, "Batch statistics need two images; use a few hundred."
+        )
+        check_integer(self.reestimate_batch_norm, "reestimate_batch_norm", least=0, hint="It is a number of images.")
         if self.reestimate_batch_norm == 1:
             raise InputError("reestimate_batch_norm is a number of images, and 1 has no variance. Use a few hundred.")
         truth = {"auto": "auto", "true": True, "false": False}

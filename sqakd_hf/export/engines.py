@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from .._text import text_table
 from ..conversion.plan import Coverage
 from .graph import MOVES
 from .placement import Placement
@@ -72,10 +73,7 @@ class DeployReport:
                 reason = getattr(kernel, engine)
                 cells.append("integer" if reason is None else f"float ({notes.setdefault(reason, len(notes) + 1)})")
             rows.append((kernel.layer, kernel.operator, *cells))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
+        lines = text_table(rows)
         lines += [f"({number}) {reason}" for reason, number in notes.items()]
         shares = [f"{len(self.with_integers(e))} {name}" for e, name in zip(ENGINES, rows[0][2:], strict=True)]
         lines.append(f"integer kernels for {', '.join(shares)}, of {len(self.kernels)} layers")

@@ -16,10 +16,11 @@ import onnxruntime
 import torch
 from torch import nn
 
+from .._text import first_line, quote
 from ..conversion.student import is_calibrated
-from ..errors import InputError, first_line, quote
+from ..data.hub_access import hub_id
+from ..errors import InputError
 from ..hub.preprocessing import Preprocessing
-from ..hub_access import hub_id
 from .engines import DeployReport, kernels
 from .lowering import CONTAINERS, lower
 from .placement import Placement

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .._validation import check_integer
 from ..conversion.convert import dequantize_model
-from ..errors import InputError
 from ..outputs.forward import predict
 from .exporter import export_onnx
 from .preparation import noise, require_student, with_ranges
@@ -118,8 +118,7 @@ def measure_latency(
         `InputError`: No student, a number that is not positive, an operator or a size that can't be exported.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("threads", threads, 1), ("rounds", rounds, 2)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"{name} must be an integer of at least {least}, got {value!r}.")
+        check_integer(value, name, least)
     student = require_student(model)
     example = noise(student, image_size)
     student = copy.deepcopy(with_ranges(student, example)).to("cpu", torch.float32).eval()

@@ -6,10 +6,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .._text import first_line
+from .._validation import check_integer
 from ..conversion.calibration import calibrate_model
 from ..conversion.student import is_calibrated, quantized_layers, require_planned_layers
 from ..conversion.trace import example_images, image_channels
-from ..errors import InputError, first_line
+from ..errors import InputError
 from ..hub.loading import load_teacher
 from ..hub.model_preprocessing import preprocessing
 from ..hub.preprocessing import Preprocessing
@@ -50,8 +52,8 @@ def expected_images(student: nn.Module) -> Preprocessing | None:
 
 def noise(student: nn.Module, image_size: int | None, count: int = EXAMPLES) -> torch.Tensor:
     """Return images of noise `(count, C, H, W)`, of pixels that an image can have where its preprocessing is known."""
-    if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1):
-        raise InputError(f"image_size must be a positive integer, got {image_size!r}.")
+    if image_size is not None:
+        check_integer(image_size, "image_size")
     generator = torch.Generator().manual_seed(0)
     expected = expected_images(student)
     if expected is None:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ..errors import InputError, first_line
+from .._text import first_line
+from ..errors import InputError
 from ..outputs.forward import predict
 
 

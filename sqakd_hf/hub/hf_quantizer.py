@@ -27,6 +27,7 @@ from .._compat import (
     save_under_own_names,
     was_loaded,
 )
+from .._text import quote
 from ..conversion.config import FORMAT_VERSION, QuantizationConfig
 from ..conversion.convert import (
     HALF,
@@ -47,8 +48,8 @@ from ..conversion.student import (
     record_signedness,
     require_planned_layers,
 )
-from ..errors import InputError, quote
-from ..hub_access import hub_id
+from ..data.hub_access import hub_id
+from ..errors import InputError
 from ..layers.quantized_layer import QuantizedLayer, weight_of
 from ..quantization.packing import pack_bits, unpack_bits
 from .manifest import FORMATS, Manifest, packed_shape

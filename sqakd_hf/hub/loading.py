@@ -23,8 +23,10 @@ from transformers.utils import (
     cached_file,
 )
 
-from ..errors import InputError, first_line, quote, suggest
-from ..hub_access import hub_is_reachable
+from .._text import first_line, quote, suggest
+from .._validation import check_integer
+from ..data.hub_access import hub_is_reachable
+from ..errors import InputError
 
 
 logger = logging.getLogger(__name__)
@@ -154,8 +156,7 @@ def build_model(
     Raises:
         `InputError`: A name or an argument that the architecture does not know.
     """
-    if isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 1:
-        raise InputError(f"num_labels must be a positive integer, got {num_labels!r}.")
+    check_integer(num_labels, "num_labels")
     model_args = dict(model_args or {})
     if name.startswith(TIMM_PREFIX):
         timm = _timm()

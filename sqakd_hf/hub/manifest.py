@@ -11,9 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .._text import quote, reason
+from .._validation import check_bits
 from ..conversion.config import LAYER_FIELDS, QuantizationConfig
 from ..conversion.plan import LayerPlan, QuantizationPlan
-from ..errors import InputError, check_bits, quote, reason
+from ..errors import InputError
 from ..layers.quantized_layer import WEIGHT_NAMES, quantized_class, weight_of
 from ..quantization.packing import checksum, packed_row_bytes
 

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from ..conversion.plan import QuantizationPlan, bits_of
-from ..hub_access import hub_is_reachable
+from ..data.hub_access import hub_is_reachable
 from ..reporting.tables import image_count, kept_calibrated, titled_rows
 
 

@@ -11,8 +11,8 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 
 from ..conversion.trace import image_channels
+from ..data.hub_access import hub_is_reachable
 from ..errors import InputError
-from ..hub_access import hub_is_reachable
 from .preprocessing import Preprocessing, image_processor, read_processor
 
 

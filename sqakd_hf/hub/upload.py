@@ -10,7 +10,8 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from transformers import PreTrainedModel
 
-from ..errors import InputError, UploadError, quote, reason
+from .._text import quote, reason
+from ..errors import InputError, UploadError
 from ..reporting.html_report import html_report
 from .model_card import model_card
 from .model_preprocessing import processor_of

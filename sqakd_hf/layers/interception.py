@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..errors import InputError, quote
+from .._text import quote
+from ..errors import InputError
 from ..quantization.quantizers import FakeQuantizer
 from .quantized_layer import QuantizedLayer
 

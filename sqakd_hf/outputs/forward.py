@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..errors import InputError, quote
+from .._text import quote
+from ..errors import InputError
 from .distributions import check_distribution, class_dim, no_distribution
 
 

@@ -9,7 +9,8 @@ import zlib
 
 import torch
 
-from ..errors import InputError, check_bits
+from .._validation import check_bits
+from ..errors import InputError
 
 
 def packed_row_bytes(length: int, bits: int) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from .._text import text_table
 from ..conversion.plan import QuantizationPlan
 
 
@@ -49,13 +50,7 @@ def results_table(results: Mapping[str, Mapping[str, float | None]], plan: Quant
         metrics = results[key]
         shares = [_cell(metrics[name], "{:.2%}") for name in ("accuracy", "agreement")]
         rows.append((title, *shares, _cell(metrics["kl"], "{:.4f}"), bits, f"{size:,}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    lines = text_table(rows, right=True)
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers.utils import cached_file
 
+from ..data.hub_access import hub_is_reachable
 from ..errors import InputError
-from ..hub_access import hub_is_reachable
 
 
 RECORD_FILE = "training_record.json"

@@ -12,6 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .._compat import own_forward
+from .._validation import check_integer
 from ..conversion.calibration import batch_statistics
 from ..conversion.student import device_of, quantizers
 from ..conversion.trace import evaluating
@@ -179,9 +180,7 @@ class DeltaEstimation(Extension):
 
     @classmethod
     def check_arguments(cls, args: "SQAKDTrainingArguments") -> None:
-        steps = args.delta_estimation_steps
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise InputError(f"delta_estimation_steps must be a number of steps, got {steps!r}.")
+        check_integer(args.delta_estimation_steps, "delta_estimation_steps", 0, "It is a number of steps; 0: never.")
 
     def _quantizers(self) -> dict[str, FakeQuantizer]:
         modules = self.trainer.model.named_modules()

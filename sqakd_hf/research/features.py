@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._text import suggest
 from ..conversion.plan import QuantizationPlan
-from ..errors import InputError, suggest
+from ..errors import InputError
 from ..layers.quantized_layer import QuantizedLayer
 from ..outputs.forward import run_model
 

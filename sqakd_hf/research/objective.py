@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .._text import quote, suggest
 from ..distillation.extensions import Extension, register_extension
-from ..errors import InputError, quote, suggest
+from ..errors import InputError
 from ..outputs.forward import Prediction
 from . import feature_losses as losses
 from .features import FeatureTap, feature_maps, find_lattice_layer, find_stages

@@ -209,7 +209,7 @@ class TestMain:
             ("evaluate nowhere.onnx", "There is no file 'nowhere.onnx'"),
             ("evaluate timm/resnet81", "timm has no model 'resnet81'"),
             ("inspect timm/test_resnet --weight_bits 9", "weight_bits must be an integer from 1 to 8, got 9"),
-            ("inspect timm/test_resnet --image_size -3", "image_size must be a positive integer, got -3"),
+            ("inspect timm/test_resnet --image_size -3", "image_size must be an integer of at least 1, got -3"),
             ("benchmark timm/test_resnet --rounds 1", "rounds must be an integer of at least 2, got 1"),
             ("inspect timm/test_resnet --container zip", "container must be one of"),
             ("inspect", "sqakd inspect needs a model"),

@@ -99,7 +99,7 @@ class TestValidation:
 
     @pytest.mark.parametrize("version", [0, -1, "1", 1.0, True, None], ids=repr)
     def test_format_version_is_a_positive_integer(self, version):
-        expected = f"format_version must be a positive integer, got {version!r}."
+        expected = f"format_version must be an integer of at least 1, got {version!r}."
         assert error_of(format_version=version) == expected
         with pytest.raises(InputError, match=re.escape(expected)):
             QuantizationConfig.from_dict({"format_version": version})

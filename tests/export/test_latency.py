@@ -82,7 +82,7 @@ class TestMeasureLatency:
 
     def test_sizes_that_a_model_does_not_take_are_refused(self):
         for size, message in (
-            (0, "image_size must be a positive integer"),
+            (0, "image_size must be an integer of at least 1"),
             (40, "does not run on images of 40, 40|40"),
         ):
             student = tiny_vit()

@@ -11,8 +11,8 @@ from transformers import (
 )
 
 from sqakd_hf import QuantizationConfig, build_model, quantize_model
+from sqakd_hf.data.hub_access import hub_id
 from sqakd_hf.hub.model_card import _TASKS, _task, model_card
-from sqakd_hf.hub_access import hub_id
 from tests.helpers.models import tiny_vit
 
 

@@ -98,7 +98,7 @@ class TestBatchNorm:
             torch.testing.assert_close(found[24].state_dict(), found[0].state_dict())
 
     def test_a_number_that_is_none_is_refused(self, tmp_path):
-        with pytest.raises(InputError, match="reestimate_batch_norm must be a number of images"):
+        with pytest.raises(InputError, match="reestimate_batch_norm must be an integer of at least 0"):
             arguments(tmp_path, reestimate_batch_norm=-1)
         with pytest.raises(InputError, match="1 has no variance"):
             arguments(tmp_path, reestimate_batch_norm=1)

@@ -5,7 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ...errors import InputError, check_bits, quote, suggest
+from ..._text import quote, suggest
+from ..._validation import check_bits
+from ...errors import InputError
 from ..functional import Grid, affine_grid, dequantize, fake_quantize, quantize
 from ..recompute import remember
 from .range_search import FEW_BITS, best_ends, percentile_ends

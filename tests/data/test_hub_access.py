@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import huggingface_hub
 import pytest
 
-from sqakd_hf import hub_access as hub
-from sqakd_hf.hub_access import hub_is_reachable
+from sqakd_hf.data import hub_access as hub
+from sqakd_hf.data.hub_access import hub_is_reachable
 from tests.helpers.hub_server import HubServer
 
 
