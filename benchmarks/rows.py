@@ -36,7 +36,7 @@ from sqakd_hf import (
     SQAKDTrainingArguments,
     build_model,
     load_image_data,
-    load_teacher,
+    load_model,
     quantize_model,
 )
 from sqakd_hf.distillation.teacher import Teacher
@@ -223,7 +223,7 @@ class Rows:
                 data = images_of(row.seed, row.images)
                 Trainer(model, args, train_dataset=data.train("crop-flip"), data_collator=ImageCollator()).train()
                 model.save_pretrained(folder)
-        return load_teacher(str(folder))
+        return load_model(str(folder))
 
 
 def commit() -> str:

@@ -25,7 +25,7 @@ from sqakd_hf import (
     SQAKDTrainer,
     SQAKDTrainingArguments,
     load_image_data,
-    load_teacher,
+    load_model,
     quantize_model,
 )
 from sqakd_hf.distillation.checkpoint import last_checkpoint
@@ -84,7 +84,7 @@ def watch(output: Path, stop_after: int | None) -> None:
 
 def train(folder: Path, teacher_folder: Path) -> None:
     """Train in one of the processes, from the last complete checkpoint if there is one."""
-    teacher = load_teacher(str(teacher_folder))
+    teacher = load_model(str(teacher_folder))
     student = copy.deepcopy(teacher)
     quantize_model(student, QuantizationConfig(weight_bits=2, activation_bits=2))
     data = load_image_data("fashion_mnist")

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         measure_latency,
         verify_export,
     )
-    from .hub.loading import WeightsNotFoundError, build_model, load_teacher
+    from .hub.loading import WeightsNotFoundError, build_model, load_model, load_teacher
 
 __version__ = "0.1.0.dev0"
 
@@ -74,6 +74,7 @@ __all__ = [
     "is_calibrated",
     "list_quantizers",
     "load_image_data",
+    "load_model",
     "load_teacher",
     "measure_latency",
     "plan_quantization",
@@ -105,6 +106,7 @@ _LAZY = {
     "TopKAccuracy": "distillation.metrics",
     "WeightsNotFoundError": "hub.loading",
     "build_model": "hub.loading",
+    "load_model": "hub.loading",
     "load_teacher": "hub.loading",
     "SQAKDTrainer": "distillation.trainer",
     "SQAKDTrainingArguments": "distillation.training_args",

@@ -267,7 +267,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutOnnx
 import sqakd_hf
 from sqakd_hf import *
 from sqakd_hf import export_onnx
-assert {"export_onnx", "ExportReport", "load_teacher"} <= set(globals()) and set(sqakd_hf.__all__) <= set(globals())
+assert {"export_onnx", "ExportReport", "load_model"} <= set(globals()) and set(sqakd_hf.__all__) <= set(globals())
 assert hasattr(sqakd_hf, "export_onnx") and not hasattr(sqakd_hf, "export_onxn")
 assert {"export_onnx", "quantize_model"} <= dict(inspect.getmembers(sqakd_hf)).keys()
 assert "pip install sqakd-hf[onnx]" in pydoc.render_doc(sqakd_hf.export_onnx)

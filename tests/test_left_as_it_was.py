@@ -215,7 +215,7 @@ class TestModels:
         with Untouched():
             sqakd_hf.build_model(name, labels, size, arguments)
         with Untouched():
-            sqakd_hf.load_teacher(name, num_labels=labels)
+            sqakd_hf.load_model(name, num_labels=labels)
 
 
 class TestData:

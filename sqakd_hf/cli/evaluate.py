@@ -24,7 +24,7 @@ from ..data.labels import is_labelled
 from ..data.transforms import ImageTransform
 from ..distillation.losses import check_same_classes
 from ..distillation.metrics import TeacherAgreement, TeacherDivergence, TopKAccuracy
-from ..hub.loading import load_teacher, num_classes
+from ..hub.loading import load_model, num_classes
 from ..hub.model_preprocessing import preprocessing
 from ..hub.preprocessing import Preprocessing
 from ..outputs.forward import predict
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     predictor, expected, classes = (_onnx if options.model.endswith(".onnx") else _student)(options.model)
     teacher = None
     if options.teacher is not None:
-        teacher_model = load_teacher(options.teacher)
+        teacher_model = load_model(options.teacher)
         check_same_classes(len(classes), num_classes(teacher_model))
         teacher = _predictor(teacher_model)
     data = _load_data(options).numbered_like(classes)

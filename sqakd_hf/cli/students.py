@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..conversion.convert import quantize_model
 from ..conversion.student import quantized_layers
 from ..errors import InputError
-from ..hub.loading import WeightsNotFoundError, build_model, load_teacher
+from ..hub.loading import WeightsNotFoundError, build_model, load_model
 from .quantization_arguments import QuantizationArguments
 
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 def load_student(name: str) -> PreTrainedModel:
     """Return the saved student of this folder or Hub id; a float model is an `InputError`."""
-    model = load_teacher(name)
+    model = load_model(name)
     if not quantized_layers(model):
         raise InputError(f"{name!r} is a float model, not a student. `sqakd distill` makes one.")
     return model.eval()
@@ -33,7 +33,7 @@ def student_or_plan(
     """
     config = quantization.to_config()
     try:
-        model = load_teacher(name)
+        model = load_model(name)
     except WeightsNotFoundError as error:
         model = build_model(name, num_labels, image_size)  # what is quantized does not depend on the weights
         logger.warning("Random weights, and %d classes unless --num_labels says. %s", num_labels, error)

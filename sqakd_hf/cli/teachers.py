@@ -15,7 +15,7 @@ from ..distillation.interrupt import InterruptCallback
 from ..distillation.last_batch import check_last_batch
 from ..distillation.metrics import TopKAccuracy
 from ..errors import InputError
-from ..hub.loading import WeightsNotFoundError, build_model, load_teacher
+from ..hub.loading import WeightsNotFoundError, build_model, load_model
 from ..hub.model_preprocessing import preprocessing
 from ..hub.preprocessing import Preprocessing, image_processor
 from .distill_arguments import FINE_TUNED, FROM_SCRATCH, GIVEN, IMAGE_SIZES, DistillationArguments, ScriptArguments
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 def get_teacher(script: ScriptArguments, args: DistillationArguments, data: ImageData) -> tuple[PreTrainedModel, str]:
     """Return the teacher and where it comes from; one that is not `GIVEN` is still to be trained on these classes."""
     if args.resume_from_checkpoint and script.teacher is None and is_labelled(data.train):
-        return load_teacher(teacher_folder(args)), GIVEN
+        return load_model(teacher_folder(args)), GIVEN
     teacher = script.teacher or (None if is_labelled(data.train) else script.model)
     if teacher is not None:
         return load_given_teacher(script, teacher), GIVEN
@@ -37,7 +37,7 @@ def get_teacher(script: ScriptArguments, args: DistillationArguments, data: Imag
         if model_args or script.teacher_from_scratch:
             why = "--model_args change the architecture." if model_args else "--teacher_from_scratch asks for it."
             raise WeightsNotFoundError(why)
-        model, origin = load_teacher(script.model, num_labels=classes), FINE_TUNED
+        model, origin = load_model(script.model, num_labels=classes), FINE_TUNED
     except WeightsNotFoundError as error:
         size = script.image_size or IMAGE_SIZES.get(script.dataset)
         model, origin = build_model(script.model, classes, size, model_args), FROM_SCRATCH
@@ -52,7 +52,7 @@ def load_given_teacher(script: ScriptArguments, name: str) -> PreTrainedModel:
     if script.teacher_from_scratch and script.teacher is None:
         raise InputError("--teacher_from_scratch trains a teacher by labels, and the images have none.")
     try:
-        model = load_teacher(name)
+        model = load_model(name)
     except WeightsNotFoundError as error:
         if script.teacher is not None:
             raise

@@ -26,7 +26,7 @@ from ..data.collator import LOGITS, ImageCollator
 from ..data.reproducible import own_random_numbers
 from ..data.sampling import sample_batches
 from ..errors import InputError
-from ..hub.loading import load_teacher
+from ..hub.loading import load_model
 from ..hub.model_preprocessing import record_processor
 from ..layers.shared_weights import SharedWeights
 from ..outputs.forward import Prediction, predict
@@ -70,7 +70,7 @@ class SQAKDTrainer(PublishingMixin, TrialsMixin, Trainer):
             module that takes images `(B, C, H, W)` and returns logits `(B, K)`. If it has no ranges yet, `train`
             calibrates it first. `None` with `model_init`, which makes one for each training.
         teacher_model (`nn.Module`, `str` or a list of them): The full-precision model, or a name for
-            [`load_teacher`]; of any architecture with the same classes. The student learns the mean of the
+            [`load_model`]; of any architecture with the same classes. The student learns the mean of the
             distributions of several; a detector has one, which it was copied from. Teachers stay outside the student:
             in eval mode, without gradients, neither saved nor optimised.
         args (`SQAKDTrainingArguments`, *optional*): Training arguments.
@@ -103,7 +103,7 @@ class SQAKDTrainer(PublishingMixin, TrialsMixin, Trainer):
         given = list(teacher_model) if isinstance(teacher_model, list | tuple) else [teacher_model]
         if not given:
             raise InputError("teacher_model is an empty list. Pass at least one full-precision model.")
-        self._teachers = [load_teacher(teacher) if isinstance(teacher, str) else teacher for teacher in given]
+        self._teachers = [load_model(teacher) if isinstance(teacher, str) else teacher for teacher in given]
         args = SQAKDTrainingArguments() if args is None else args
         if not isinstance(args, SQAKDTrainingArguments):
             raise InputError(f"args must be SQAKDTrainingArguments, got {type(args).__name__}.")

@@ -4,7 +4,7 @@ Needs `pip install sqakd-hf[onnx]`.
 """
 
 from . import requirements  # noqa: F401
-from .engines import DeployReport, Kernel
+from .engines import DeployReport, LayerSupport
 from .exporter import ExportReport, deploy_report, export_onnx, open_session
 from .latency import Latency, LatencyReport, measure_latency
 from .verification import ExportCheck, verify_export
@@ -14,7 +14,7 @@ __all__ = [
     "DeployReport",
     "ExportCheck",
     "ExportReport",
-    "Kernel",
+    "LayerSupport",
     "Latency",
     "LatencyReport",
     "deploy_report",

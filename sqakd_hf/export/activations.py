@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .graph import INT8, Graph, array_of, only_user
-from .placement import Placement
+from .integer_tensors import Placement
 
 
 FREE_RANGE = "a range that does not hold zero (integer_zero_point=False)"

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from .._text import text_table
 from ..conversion.plan import Coverage
 from .graph import MOVES
-from .placement import Placement
+from .integer_tensors import Placement
 
 
 ENGINES = ("onnxruntime", "openvino", "tensorrt")
@@ -22,7 +22,7 @@ UNSIGNED = "it wants int8 activations with a zero point of 0, and these are uint
 
 
 @dataclass(frozen=True)
-class Kernel:
+class LayerSupport:
     """How engines compute one layer.
 
     Args:
@@ -45,18 +45,18 @@ class DeployReport:
     """What a student will be outside of PyTorch; `print` it.
 
     Args:
-        kernels (`tuple[Kernel, ...]`): A line for each layer that is quantized.
+        kernels (`tuple[LayerSupport, ...]`): A line for each layer that is quantized.
         coverage (`Coverage`): What is quantized, with the bytes of the weights and the bit operations.
         file_bytes (`int`): Size of the ONNX file.
         container (`str`): How it holds the weights.
     """
 
-    kernels: tuple[Kernel, ...]
+    kernels: tuple[LayerSupport, ...]
     coverage: Coverage
     file_bytes: int
     container: str
 
-    def with_integers(self, engine: str) -> list[Kernel]:
+    def with_integers(self, engine: str) -> list[LayerSupport]:
         """Return the layers for which an engine, one of `ENGINES`, has an integer kernel."""
         return [kernel for kernel in self.kernels if getattr(kernel, engine) is None]
 
@@ -81,7 +81,7 @@ class DeployReport:
         return "\n".join(lines)
 
 
-def kernels(graph: ir.Graph, placements: Sequence[Placement]) -> tuple[Kernel, ...]:
+def kernels(graph: ir.Graph, placements: Sequence[Placement]) -> tuple[LayerSupport, ...]:
     """Return a line for each weight of a lowered graph."""
     narrowest = min((BITS.get(placement.storage, 8) for placement in placements), default=8)
     # ONNX Runtime makes bytes of narrower integers when it opens a file, OpenVINO of those of 4 bits.
@@ -99,7 +99,7 @@ def kernels(graph: ir.Graph, placements: Sequence[Placement]) -> tuple[Kernel, .
             engine: next(filter(None, (closed.get(engine), *(getattr(kernel, engine) for kernel in each))), None)
             for engine in ENGINES
         }
-        found.append(Kernel(placement.name, each[0].operator, **reasons))
+        found.append(LayerSupport(placement.name, each[0].operator, **reasons))
     return tuple(found)
 
 
@@ -122,15 +122,15 @@ def _appliers(weight: ir.Value) -> Iterator[ir.Node]:
             yield use.node
 
 
-def _kernel(placement: Placement, node: ir.Node) -> Kernel:
+def _kernel(placement: Placement, node: ir.Node) -> LayerSupport:
     reason = placement.reason and f"its weight has {placement.reason}"
     if reason is None and node.op_type not in PRODUCTS:
         reason = f"{node.op_type} multiplies nothing"
     reason = reason or _why_no_codes(node.inputs[0])
     if reason is not None:
-        return Kernel(placement.name, node.op_type, reason, reason, reason)
+        return LayerSupport(placement.name, node.op_type, reason, reason, reason)
     signed = _quantizer_of(node.inputs[0]).inputs[0].dtype == ir.DataType.INT8
-    return Kernel(placement.name, node.op_type, _why_not_onnxruntime(node), None, None if signed else UNSIGNED)
+    return LayerSupport(placement.name, node.op_type, _why_not_onnxruntime(node), None, None if signed else UNSIGNED)
 
 
 def _quantizer_of(value: ir.Value) -> ir.Node | None:

@@ -22,10 +22,10 @@ from ..data.hub_access import hub_id
 from ..errors import InputError
 from ..hub.preprocessing import Preprocessing
 from .engines import DeployReport, kernels
+from .integer_tensors import Placement
 from .lowering import CONTAINERS, lower
-from .placement import Placement
 from .preparation import expected_images, noise, require_student, with_ranges
-from .symbols import Symbolic
+from .symbolic_model import Symbolic
 from .tracing import OPSET, trace
 from .verification import PLACEMENTS, ExportCheck, verify_export
 

@@ -11,8 +11,8 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNod
 
 from .activations import Activation
 from .graph import MOVES, Graph, only_user
-from .placement import Placement
-from .symbols import DEQUANTIZE, DOMAIN, QUANTIZE
+from .integer_tensors import Placement
+from .symbolic_model import DEQUANTIZE, DOMAIN, QUANTIZE
 from .weights import Weight
 
 
@@ -25,7 +25,7 @@ def lower(model: ir.Model, container: str, signed_activations: bool = False) -> 
     """Replace all symbols of `model`, in place, and return what became of each.
 
     Args:
-        model (`ir.Model`): As exported from [`~sqakd_hf.export.symbols.Symbolic`].
+        model (`ir.Model`): As exported from [`~sqakd_hf.export.symbolic_model.Symbolic`].
         container (`str`): `"int8"`: 8-bit integers for codes of every width. `"packed"`: weights in the narrowest type
             there is (2, 4 or 8 bits), and operators on constants that make the same 8-bit integers of narrower ones.
         signed_activations (`bool`, *optional*, defaults to `False`): int8 activations with a zero point of 0, bounded

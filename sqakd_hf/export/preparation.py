@@ -12,7 +12,7 @@ from ..conversion.calibration import calibrate_model
 from ..conversion.student import is_calibrated, quantized_layers, require_planned_layers
 from ..conversion.trace import example_images, image_channels
 from ..errors import InputError
-from ..hub.loading import load_teacher
+from ..hub.loading import load_model
 from ..hub.model_preprocessing import preprocessing
 from ..hub.preprocessing import Preprocessing
 
@@ -22,7 +22,7 @@ EXAMPLES = 8
 
 def require_student(model: nn.Module | str) -> nn.Module:
     """Return the student, loaded if it is named; anything else is an `InputError`."""
-    student = load_teacher(model) if isinstance(model, str) else model
+    student = load_model(model) if isinstance(model, str) else model
     require_planned_layers(student)
     if not quantized_layers(student) or not hasattr(student, "quantization_plan"):
         raise InputError("The model is no student of quantize_model. Quantize it with that, calibrate or train it.")

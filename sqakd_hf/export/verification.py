@@ -18,7 +18,7 @@ from ..conversion.student import quantized_layers
 from ..errors import ExportMismatchError, InputError
 from ..outputs.forward import Prediction, predict
 from ..quantization.quantizers import FakeQuantizer
-from .placement import Placement
+from .integer_tensors import Placement
 
 
 # What a student's file may differ by from the student: float operations in another order move a value that lies on

@@ -4,8 +4,8 @@ import numpy as np
 import onnx_ir as ir
 
 from .graph import INT8, MOVES, Graph, array_of, only_user
-from .placement import Placement
-from .symbols import DOMAIN, QUANTIZE
+from .integer_tensors import Placement
+from .symbolic_model import DOMAIN, QUANTIZE
 
 
 class Weight:

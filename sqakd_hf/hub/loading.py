@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import types
+import warnings
 from typing import Any
 
 import torch
@@ -43,8 +44,8 @@ class WeightsNotFoundError(InputError):
     """
 
 
-def load_teacher(name: str, num_labels: int | None = None, **kwargs: Any) -> PreTrainedModel:
-    """Load a full-precision image classifier with its trained weights.
+def load_model(name: str, num_labels: int | None = None, **kwargs: Any) -> PreTrainedModel:
+    """Load an image classifier with its trained weights: a full-precision model, or a stored student.
 
     Args:
         name (`str`): `timm/NAME` (without a tag: timm's default weights, `timm/resnet18` is
@@ -70,7 +71,7 @@ def load_teacher(name: str, num_labels: int | None = None, **kwargs: Any) -> Pre
         if new_head:
             _set_num_labels(config, num_labels)
             kwargs["ignore_mismatched_sizes"] = True
-        # A teacher is in full precision, whatever its file is in.
+        # In full precision, whatever its file is in.
         kwargs.setdefault("dtype", torch.float32)
         model, found = AutoModelForImageClassification.from_pretrained(
             source, config=config, local_files_only=offline, output_loading_info=True, **kwargs
@@ -87,6 +88,12 @@ def load_teacher(name: str, num_labels: int | None = None, **kwargs: Any) -> Pre
             "they are damaged or of another model. Save or download it again; num_labels gives a model a new head."
         )
     return model
+
+
+def load_teacher(name: str, num_labels: int | None = None, **kwargs: Any) -> PreTrainedModel:
+    """Call [`load_model`], which this was named before it loaded students too."""
+    warnings.warn("load_teacher is now load_model; the old name will go.", FutureWarning, stacklevel=2)
+    return load_model(name, num_labels, **kwargs)
 
 
 def _may_start_anew(model: PreTrainedModel, key: str) -> bool:

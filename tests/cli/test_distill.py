@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import torch
 
-from sqakd_hf import ImageTransform, InputError, build_model, load_teacher
+from sqakd_hf import ImageTransform, InputError, build_model, load_model
 from sqakd_hf.cli import distill, evaluate
 from sqakd_hf.hub.model_preprocessing import preprocessing
 from tests.helpers.models import tiny_vit
@@ -243,7 +243,7 @@ class TestLabelsOfEachSplit:
 
     def test_labelled_test_images_of_unlabelled_training_images(self, run, teacher, tmp_path, capsys):
         files = write_noise(tmp_path / "data" / "train", 48)
-        said = predict_files(load_teacher(teacher).eval(), files).argmax(1).tolist()
+        said = predict_files(load_model(teacher).eval(), files).argmax(1).tolist()
         for file, number in zip(files, said, strict=True):
             if number:  # the test has cats and dogs: not all of the teacher's classes, and its numbers are others
                 folder = tmp_path / "data" / "test" / ("owl", "cat", "dog")[number]

@@ -18,10 +18,10 @@ from sqakd_hf import (
     WeightsNotFoundError,
     build_model,
     calibrate_model,
-    load_teacher,
+    load_model,
     quantize_model,
 )
-from sqakd_hf.hub.loading import num_classes, resolve_name
+from sqakd_hf.hub.loading import load_teacher, num_classes, resolve_name
 from sqakd_hf.hub.model_preprocessing import preprocessing, processor_of, record_preprocessing, record_processor
 from sqakd_hf.hub.preprocessing import Preprocessing, image_processor
 
@@ -135,7 +135,7 @@ class TestResolveName:
             resolve_name("timm/botnet50ts_256.x")
 
     def test_a_timm_name_without_its_prefix_is_told_so(self):
-        for use in (resolve_name, load_teacher):
+        for use in (resolve_name, load_model):
             with pytest.raises(InputError, match="^'resnet18' is a timm model: write 'timm/resnet18'.$"):
                 use("resnet18")
 
@@ -151,20 +151,20 @@ class TestLoadTeacher:
 
     def test_of_a_saved_folder_computes_the_same(self, saved):
         model, folder, x = saved
-        teacher = load_teacher(folder)
+        teacher = load_model(folder)
         assert type(teacher) is type(model) and not teacher.training
         assert torch.equal(logits(teacher, x), logits(model, x))
         assert teacher.config.id2label == NAMES and teacher.config.num_labels == 4
 
     def test_with_the_same_number_of_labels_keeps_head_and_names(self, saved):
         model, folder, x = saved
-        teacher = load_teacher(folder, num_labels=4)
+        teacher = load_model(folder, num_labels=4)
         assert torch.equal(logits(teacher, x), logits(model, x)) and teacher.config.id2label == NAMES
 
     @pytest.mark.parametrize("count", [2, 6])
     def test_with_another_number_of_labels_gets_a_new_head_and_new_names(self, saved, count, tmp_path):
         model, folder, x = saved
-        teacher = load_teacher(folder, num_labels=count)
+        teacher = load_model(folder, num_labels=count)
         assert teacher(x).logits.shape == (2, count) and torch.isfinite(teacher(x).logits).all()
         names = {i: f"LABEL_{i}" for i in range(count)}
         assert teacher.config.id2label == names and teacher.config.num_labels == count == num_classes(teacher)
@@ -174,16 +174,16 @@ class TestLoadTeacher:
         changed = [key for key, value in teacher.state_dict().items() if not torch.equal(value, stored[key])]
         assert changed and all("fc" in key or "classifier" in key for key in changed) and len(changed) == 2
         teacher.save_pretrained(tmp_path / "new")
-        again = load_teacher(str(tmp_path / "new"))
+        again = load_model(str(tmp_path / "new"))
         assert torch.equal(logits(again, x), logits(teacher, x)) and again.config.id2label == names
 
     def test_passes_options_on(self, saved):
-        assert load_teacher(saved[1], dtype=torch.float64).dtype == torch.float64
+        assert load_model(saved[1], dtype=torch.float64).dtype == torch.float64
 
     def test_is_in_full_precision_even_where_the_file_is_not(self, vit, tmp_path):
         expected = {key: value.half().float() for key, value in vit.state_dict().items()}
         vit.half().save_pretrained(tmp_path)
-        teacher = load_teacher(str(tmp_path))
+        teacher = load_model(str(tmp_path))
         assert teacher.dtype == torch.float32
         assert all(torch.equal(value, expected[key]) for key, value in teacher.state_dict().items())
 
@@ -194,25 +194,25 @@ class TestLoadTeacher:
     )
     def test_of_a_timm_repository_computes_what_timm_does(self, tmp_path, model_args):
         model = timm_model()
-        teacher = load_teacher(save_like_timm(model, tmp_path / "repo", model_args, global_pool="avg"))
+        teacher = load_model(save_like_timm(model, tmp_path / "repo", model_args, global_pool="avg"))
         assert torch.equal(logits(teacher, images(size=64)), model(images(size=64)))
         assert teacher.config.num_labels == 4
 
     def test_of_a_timm_repository_keeps_its_pooling(self, tmp_path):
         model, x = timm_model(global_pool="max"), images(size=64)  # at 32 there is one pixel left to pool
         folder = save_like_timm(model, tmp_path / "repo", {"num_classes": 4, "global_pool": "max"}, global_pool="max")
-        assert torch.equal(logits(load_teacher(folder), x), model(x))
+        assert torch.equal(logits(load_model(folder), x), model(x))
 
     def test_of_an_own_model_keeps_its_pooling(self, tmp_path):
         model, x = build("timm/test_resnet", model_args={"global_pool": "max"}), images(size=64)
         model.timm_model.load_state_dict(timm_model().state_dict())
         model.save_pretrained(tmp_path)
-        assert torch.equal(logits(load_teacher(str(tmp_path)), x), model(x).logits)
+        assert torch.equal(logits(load_model(str(tmp_path)), x), model(x).logits)
 
     def test_of_a_timm_repository_takes_its_class_names_and_another_head(self, tmp_path):
         folder = save_like_timm(timm_model(), tmp_path / "repo", {"num_classes": 4}, label_names=[*NAMES.values()])
-        assert load_teacher(folder).config.id2label == NAMES
-        teacher = load_teacher(folder, num_labels=2)
+        assert load_model(folder).config.id2label == NAMES
+        teacher = load_model(folder, num_labels=2)
         assert teacher(images()).logits.shape == (2, 2)
         assert teacher.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
 
@@ -226,7 +226,7 @@ class TestLoadTeacher:
     )
     def test_offline_says_in_one_line_that_weights_are_missing(self, name, where):
         with pytest.raises(WeightsNotFoundError) as info:
-            load_teacher(name)
+            load_model(name)
         message = str(info.value)
         assert message.startswith(f"Neither the Hub nor the local cache gives trained weights for {where}: ")
         assert message.endswith(". Check the name and the connection, or pass a folder with a trained model.")
@@ -235,24 +235,24 @@ class TestLoadTeacher:
     def test_of_a_folder_with_a_config_alone_says_that_it_has_no_weights(self, vit, tmp_path):
         vit.config.save_pretrained(tmp_path)
         with pytest.raises(WeightsNotFoundError, match=re.escape(f"folder '{tmp_path}' has no trained weights: ")):
-            load_teacher(str(tmp_path))
+            load_model(str(tmp_path))
 
     def test_of_a_folder_without_a_model_is_no_question_of_weights(self, tmp_path):
         with pytest.raises(InputError, match=re.escape(f"The folder '{tmp_path}' holds no model: ")) as info:
-            load_teacher(str(tmp_path))
+            load_model(str(tmp_path))
         assert not isinstance(info.value, WeightsNotFoundError)
 
     def test_lacking_weights_are_an_error_unless_a_new_head_is_asked_for(self, vit, tmp_path):
         vit.vit.save_pretrained(tmp_path)  # the backbone alone
         with pytest.raises(InputError, match="lack 'classifier.bias', 'classifier.weight', 2 weights"):
-            load_teacher(str(tmp_path))
-        teacher = load_teacher(str(tmp_path), num_labels=6)
+            load_model(str(tmp_path))
+        teacher = load_model(str(tmp_path), num_labels=6)
         assert torch.equal(teacher.vit.state_dict()["layernorm.weight"], vit.vit.state_dict()["layernorm.weight"])
         assert teacher.classifier.weight.shape[0] == 6
 
     def test_of_a_name_that_timm_does_not_know_gets_close_ones(self):
         with pytest.raises(InputError, match="^timm has no model 'test_resnt'. Did you mean 'test_resnet'") as info:
-            load_teacher("timm/test_resnt")
+            load_model("timm/test_resnt")
         assert not isinstance(info.value, WeightsNotFoundError)
 
 
@@ -309,7 +309,7 @@ class TestBuildModel:
     def test_saved_and_loaded_is_the_same_model(self, tmp_path):
         model = build("timm/test_vit", image_size=SIZE, model_args={"patch_size": 8})
         model.save_pretrained(tmp_path)
-        loaded = load_teacher(str(tmp_path))
+        loaded = load_model(str(tmp_path))
         assert torch.equal(logits(loaded, images()), logits(model, images()))
         assert preprocessing(loaded) == preprocessing(model)
 
@@ -425,7 +425,7 @@ class TestPreprocessing:
             mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], input_size=[3, 64, 64], crop_pct=0.9
         )
         (tmp_path / "repo" / "config.json").write_text(json.dumps(config))
-        assert preprocessing(load_teacher(folder)) == Preprocessing(
+        assert preprocessing(load_model(folder)) == Preprocessing(
             64, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 0.9, "bilinear", fixed_size=False
         )
 
@@ -468,23 +468,23 @@ class TestPreprocessing:
 
     def test_of_a_native_model_is_that_of_the_processor_saved_with_it(self, vit, tmp_path):
         folder = self.save_with_processor(vit, tmp_path)
-        for model in (load_teacher(folder), build(folder)):
+        for model in (load_model(folder), build(folder)):
             found = preprocessing(model)
             assert (found.mean, found.std, found.image_size) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 16)
 
     @pytest.mark.parametrize(("resample", "name"), [(0, "nearest"), (2, "bilinear"), (3, "bicubic")])
     def test_of_a_native_model_resamples_as_its_processor_does(self, vit, tmp_path, resample, name):
         folder = self.save_with_processor(vit, tmp_path, resample=resample)
-        assert preprocessing(load_teacher(folder)).interpolation == name
+        assert preprocessing(load_model(folder)).interpolation == name
 
     def test_of_a_processor_that_does_not_normalise_changes_nothing(self, vit, tmp_path):
         folder = self.save_with_processor(vit, tmp_path, do_normalize=False)
-        found = preprocessing(load_teacher(folder))
+        found = preprocessing(load_model(folder))
         assert (found.mean, found.std) == ((0.0,) * 3, (1.0,) * 3)
 
     def test_of_a_processor_that_says_more_is_told(self, vit, tmp_path, caplog):
         folder = self.save_with_processor(vit, tmp_path, resample=1, rescale_factor=1 / 127.5)
-        found = preprocessing(load_teacher(folder))
+        found = preprocessing(load_model(folder))
         # (2 x - mean) / std
         assert found.mean == pytest.approx((0.05, 0.1, 0.15)) and found.std == pytest.approx((0.2, 0.25, 0.3))
         assert "resamples by Pillow's method 1" in caplog.text and "changes the shape" in caplog.text
@@ -507,7 +507,7 @@ class TestRecordedPreprocessing:
         if source == "saved with the teacher":
             vit.save_pretrained(tmp_path / "teacher")
             self.processor().save_pretrained(tmp_path / "teacher")
-            vit = load_teacher(str(tmp_path / "teacher"))
+            vit = load_model(str(tmp_path / "teacher"))
         teacher, student = copy.deepcopy(vit), student_of(vit)
         if source == "recorded":
             record_preprocessing(student, self.USED)
@@ -517,17 +517,17 @@ class TestRecordedPreprocessing:
         assert preprocessing(student) == self.USED
         student.save_pretrained(tmp_path / "student")
         assert not (tmp_path / "student" / "preprocessor_config.json").exists()
-        loaded = load_teacher(str(tmp_path / "student"))
+        loaded = load_model(str(tmp_path / "student"))
         assert preprocessing(loaded) == preprocessing(student)
         assert processor_of(loaded).to_dict() == self.processor().to_dict()
         loaded.save_pretrained(tmp_path / "again")
-        assert preprocessing(load_teacher(str(tmp_path / "again"))) == preprocessing(student)
+        assert preprocessing(load_model(str(tmp_path / "again"))) == preprocessing(student)
         assert "is not known" not in caplog.text
 
     def test_of_the_training_counts_more_than_what_lies_with_the_base(self, vit, tmp_path):
         vit.save_pretrained(tmp_path)
         self.processor(mean=(0.9,) * 3).save_pretrained(tmp_path)
-        model = load_teacher(str(tmp_path))
+        model = load_model(str(tmp_path))
         record_processor(model, self.processor())
         assert preprocessing(model).mean == (0.1, 0.2, 0.3)
         assert list(processor_of(model).image_mean) == [0.1, 0.2, 0.3]
@@ -537,7 +537,7 @@ class TestRecordedPreprocessing:
         record_preprocessing(student, self.USED)
         student.save_pretrained(tmp_path)
         self.processor(mean=(0.9,) * 3).save_pretrained(tmp_path)
-        assert preprocessing(load_teacher(str(tmp_path))).mean == (0.9,) * 3
+        assert preprocessing(load_model(str(tmp_path))).mean == (0.9,) * 3
 
     def test_of_a_processor_that_does_the_same_is_left_as_it_is(self):
         model = build("timm/test_resnet")
@@ -566,3 +566,8 @@ class TestNumClasses:
         model = nn.Linear(2, 3)
         model.num_classes = "three"
         assert num_classes(model) is None
+
+
+def test_the_old_name_of_load_model_warns_and_works():
+    with pytest.warns(FutureWarning, match="load_teacher is now load_model"), pytest.raises(InputError, match="'no'"):
+        load_teacher("timm/no")

@@ -35,7 +35,7 @@ def test_parameter_counts(name, expected):
 RELOAD = """
 import sys, torch, sqakd_hf
 from transformers import AutoModelForImageClassification
-load = {"student": AutoModelForImageClassification.from_pretrained, "teacher": sqakd_hf.load_teacher}[sys.argv[2]]
+load = {"student": AutoModelForImageClassification.from_pretrained, "teacher": sqakd_hf.load_model}[sys.argv[2]]
 images, expected = torch.load(sys.argv[1] + "/images.pt")
 assert torch.equal(load(sys.argv[1])(images).logits, expected)
 """

@@ -356,5 +356,8 @@ class TestTraining:
             assert max(module.delta for module in quantizers(trainer.model)) > 0
 
     def test_a_number_of_steps_that_is_none_is_refused(self, tmp_path):
-        with pytest.raises(InputError, match="delta_estimation_steps must be an integer of at least 0, got 0.5. It is a number of steps"):
+        with pytest.raises(
+            InputError,
+            match="delta_estimation_steps must be an integer of at least 0, got 0.5",
+        ):
             arguments(tmp_path, delta_estimation_steps=0.5)
