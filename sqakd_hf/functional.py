@@ -394,7 +394,18 @@ def _compiled(body: Callable, *variant) -> Callable:
     """
     name = f"{body.__name__}_{next(_variants)}"
     own = types.FunctionType(body.__code__.replace(co_name=name), body.__globals__, name)
-    return torch.compile(own, dynamic=True, fullgraph=True)
+    return torch.compile(own, dynamic=True, fullgraph=True, options=_exact_division())
+
+
+def _exact_division() -> dict[str, bool]:
+    """Return Inductor's option to divide on a GPU as eager torch does, correctly rounded.
+
+    Its own division there is approximate, which moves values that lie next to the threshold between two codes. The
+    option's name differs by version; 2.9 has none.
+    """
+    names = ("eager_numerics.division_rounding", "emulate_divison_rounding")
+    known = torch._inductor.list_options()
+    return {name: True for name in names if name in known}
 
 
 _COMPILER_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit, OSError)

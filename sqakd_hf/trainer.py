@@ -637,7 +637,7 @@ class SQAKDTrainer(Trainer):
             self._estimate_deltas()
         with self._weights_quantized_once():
             loss = super().training_step(model, *args, **kwargs)
-        if self.args.device.type == "cpu" and not _is_sharded(self.model):
+        if self._looks_at_numbers and not _is_sharded(self.model):
             gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
             if not torch.isfinite(norm) and (where := first_non_finite_gradient(self.model)) is not None:
@@ -736,9 +736,13 @@ class SQAKDTrainer(Trainer):
             self.teacher.require_corresponding_queries(self.model)
         return prediction
 
+    @property
+    def _looks_at_numbers(self) -> bool:
+        """Whether each step looks at its loss and gradients: on an accelerator that is to wait; there, `log` looks."""
+        return self.args.device.type == "cpu"
+
     def _check_loss(self, loss: torch.Tensor, inputs: dict[str, Any]) -> None:
-        # To look at a number on an accelerator is to wait for it: there, `log` looks.
-        if loss.device.type != "cpu" or torch.isfinite(loss):
+        if not self._looks_at_numbers or torch.isfinite(loss):
             return
         where = "not looked for in a model that is sharded"
         if not _is_sharded(self.model):

@@ -812,6 +812,17 @@ class TestFusedKernels:
                 assert functional._compiler_failures == [], (dtype, binary, axis)
         assert functional._compiled.cache_info().currsize == 12
 
+    def test_divide_on_a_gpu_as_eager_torch_does(self, monkeypatch):
+        # Inductor's own division there is approximate: forward and quantize, which is eager, would differ next to ties.
+        seen = []
+        monkeypatch.setattr(torch, "compile", lambda body, **options: seen.append(options["options"]) or body)
+        functional._compiled.__wrapped__(functional._forward)
+        (options,) = seen
+        assert options == functional._exact_division()
+        version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+        assert list(options.values()) == [True] * (version >= (2, 10))
+        assert all("div" in name and "rounding" in name for name in options)
+
     def test_wait_for_tensors_that_are_worth_it(self, broken_compiler):
         broken_compiler(AssertionError("compiled"))
         fake_quantize(torch.zeros(functional._MIN_FUSED_NUMEL - 1), torch.zeros(1), torch.ones(1), 4)
