@@ -134,22 +134,43 @@ def peers(name: str, options: argparse.Namespace, report: Report) -> None:
         others, absent = build_peers(model, images, 4)
     models = {FLOAT: model, STUDENT: train_step.student_of(model, images, "lsq", 4), **others}
     steps = train_step.steps_of(models, {}, images, labels, bf16=True)
-    for row in list(others):
-        try:
-            steps[row]()
-        except Exception as error:
-            absent.append(f"{row} does not train here: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
-            del steps[row]
-    compare(f"Other projects, {name}, batch {len(images)}", steps, options, report)
+    failures = {}
+    compare(f"Other projects, {name}, batch {len(images)}", steps, options, report, list(others), failures)
+    absent += [f"{row} does not train here: {why}" for row, why in failures.items()]
     for line in sorted(set(absent)):
         report.say(f"\n{line}")
 
 
-def compare(title: str, steps: dict[str, Step], options: argparse.Namespace, report: Report) -> None:
-    """Measure time and memory of steps against the float network's."""
-    several = {row: functools.partial(repeat, step, options.repeats) for row, step in steps.items()}
+def compare(
+    title: str,
+    steps: dict[str, Step],
+    options: argparse.Namespace,
+    report: Report,
+    may_fail: Sequence[str] = (),
+    failures: dict[str, str] | None = None,
+) -> None:
+    """Measure time and memory of steps against the float network's.
+
+    Rows of `may_fail` that raise are left out, and `failures` says why.
+    """
+
+    failures = {} if failures is None else failures
+
+    def attempt(row: str, act: Callable[[], Any]) -> Any:
+        if row not in may_fail:
+            return act()
+        try:
+            return None if row in failures else act()
+        except Exception as error:
+            failures[row] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+
+    several = {
+        row: functools.partial(attempt, row, functools.partial(repeat, step, options.repeats))
+        for row, step in steps.items()
+    }
     seconds = interleaved(several, options.rounds, options.device, warm_up=2)
-    memory = {row: peak(step, options.device) for row, step in steps.items()}
+    memory = {row: attempt(row, functools.partial(peak, step, options.device)) for row, step in steps.items()}
+    steps = {row: step for row, step in steps.items() if row not in failures}
     rows = {}
     for row, step in steps.items():
         reference = train_step.reference_of(row) if COMPILED_FLOAT in steps else FLOAT

@@ -67,7 +67,7 @@ if [ "$only" != benchmark ]; then
          tests/gpu/test_files.py)
   # Most of the time is compiling: by several processes where there are processors for them.
   workers=()
-  if [ "$device" != cpu ] && "$python" -c "import xdist" 2>/dev/null; then workers=(-n 4 --dist loadscope); fi
+  if [ "$device" != cpu ] && "$python" -c "import xdist" 2>/dev/null; then workers=(-n 4); fi
   limit=$("$python" -c "import sys; print(int(60 * float(sys.argv[1]) / (1 if sys.argv[2] else 2)))" "$minutes" "$only")
   SQAKD_GPU_TESTS=$device timeout -k 10 "$limit" "$python" -m pytest "${tests[@]}" -m gpu -p no:cacheprovider -rfEs \
     --tb=short --show-capture=no --durations=15 --junitxml="$out/tests.xml" "${workers[@]}" 2>&1 \
