@@ -250,9 +250,18 @@ def quantizer_alone(options: argparse.Namespace, report: Report) -> None:
         quantizer = create_quantizer(method, bits=4, role="weight", channel_axis=0).to(options.device)
         quantizer.init_range(small)
         with torch.no_grad():
-            seconds = seconds_of(lambda quantizer=quantizer: quantizer(small), options)
-        rows[method] = {"microseconds a call": 1e6 * seconds}
+            forward = seconds_of(functools.partial(quantizer, small), options)
+        leaf, g = small.clone().requires_grad_(), torch.ones_like(small)
+        wanted = [leaf, *quantizer.parameters()]
+        both = seconds_of(functools.partial(_forward_and_backward, quantizer, leaf, wanted, g), options)
+        rows[method] = {"forward, microseconds": 1e6 * forward, "with its backward": 1e6 * both}
     report.table("What a call costs where the tensor is small (64, 64): launches", rows)
+
+
+def _forward_and_backward(
+    quantizer: FakeQuantizer, x: torch.Tensor, wanted: Sequence[torch.Tensor], g: torch.Tensor
+) -> None:
+    torch.autograd.grad(quantizer(x), wanted, g)
 
 
 def bandwidths(
