@@ -43,10 +43,14 @@ class SavedBytes(recompute_quantized):
         self._own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         self._kept: dict[int, torch.Tensor] = {}  # held, so that no other tensor takes a place that was counted
 
+    def remember(self, *made: object) -> None:
+        if self.recompute:
+            super().remember(*made)
+
     def _pack(self, tensor: torch.Tensor):
-        packed = super()._pack(tensor) if self.recompute else tensor
+        packed = super()._pack(tensor)
         storage = tensor.untyped_storage()
-        if packed is tensor and storage._cdata not in self._own:
+        if hasattr(packed, "tensor") and storage._cdata not in self._own:  # else it is computed again
             self._kept[storage._cdata] = tensor
         return packed
 

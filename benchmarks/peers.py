@@ -196,6 +196,8 @@ def build_peers(model: nn.Module, images: torch.Tensor, bits: int) -> tuple[dict
             absent.append(f"{name} is not installed: pip install {package}")
         except Unsupported as reason:
             absent.append(f"{name} has no W{bits}A{bits} here: {reason}")
+        except Exception as error:  # of another project: the tables of the others are worth having
+            absent.append(f"{name} can't be built here: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
     return models, absent
 
 

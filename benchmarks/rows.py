@@ -227,9 +227,12 @@ class Rows:
 
 
 def commit() -> str:
-    """Return the commit of this repository, with a mark if files differ from it."""
+    """Return the commit of this repository, with a mark if files differ from it; "unknown" of a copy without one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def common(seed: int) -> dict[str, Any]:

@@ -33,26 +33,9 @@ def main() -> None:
 
 def measure(name: str, options: argparse.Namespace) -> None:
     """Print the table of one network."""
-    device = torch.device(options.device)
     images, labels, model = build(name, options.device)
-    student = student_of(model, images, "lsq", 4)
-    teachers = {
-        "float32 teacher": Teacher([copy.deepcopy(model)], device),
-        "bfloat16 teacher": Teacher([copy.deepcopy(model)], device, torch.bfloat16),
-        "bfloat16 teacher in channels-last": Teacher([copy.deepcopy(model)], device, torch.bfloat16, True),
-    }
-    cached = teachers["float32 teacher"].predict({"pixel_values": images}, 4.0).logits
-    steps = {
-        FLOAT: Step(model, images, lambda logits: nn.functional.cross_entropy(logits, labels), options.bf16),
-        FLOOR: Step(copy.deepcopy(model), images, learn_from(teachers["float32 teacher"], images), options.bf16),
-        **{
-            f"**sqakd_hf, {what}**": Step(copy.deepcopy(student), images, learn_from(teacher, images), options.bf16)
-            for what, teacher in teachers.items()
-        },
-        "**sqakd_hf, cached logits**": Step(
-            student, images, lambda logits: distillation_loss(logits, cached, 4.0), options.bf16
-        ),
-    }
+    teachers = teachers_of(model, torch.device(options.device))
+    steps = steps_of(model, teachers, images, labels, options.bf16)
     seconds = interleaved(steps, options.rounds, options.device)
     print(f"\n{name}, batch {len(images)}: float32 step {1000 * sum(seconds[FLOAT]) / options.rounds:.0f} ms\n")
     print("| variant | time / float | ± |\n|---|---|---|")
@@ -62,6 +45,34 @@ def measure(name: str, options: argparse.Namespace) -> None:
     rounded = teachers["bfloat16 teacher"].predict({"pixel_values": images}, 4.0).logits
     exact = teachers["bfloat16 teacher"].models[0].double()(images.double())
     print(f"\nKL(float64 teacher, bfloat16 teacher) = {distillation_loss(rounded, exact, 1.0).item():.1e}")
+
+
+def teachers_of(model: nn.Module, device: torch.device) -> dict[str, Teacher]:
+    """Return the float model as teacher in several precisions."""
+    return {
+        "float32 teacher": Teacher([copy.deepcopy(model)], device),
+        "bfloat16 teacher": Teacher([copy.deepcopy(model)], device, torch.bfloat16),
+        "bfloat16 teacher in channels-last": Teacher([copy.deepcopy(model)], device, torch.bfloat16, True),
+    }
+
+
+def steps_of(
+    model: nn.Module, teachers: dict[str, Teacher], images: torch.Tensor, labels: torch.Tensor, bf16: bool
+) -> dict[str, Step]:
+    """Return the steps that are compared, by the name of their row."""
+    student = student_of(model, images, "lsq", 4)
+    cached = teachers["float32 teacher"].predict({"pixel_values": images}, 4.0).logits
+    return {
+        FLOAT: Step(model, images, lambda logits: nn.functional.cross_entropy(logits, labels), bf16),
+        FLOOR: Step(copy.deepcopy(model), images, learn_from(teachers["float32 teacher"], images), bf16),
+        **{
+            f"**sqakd_hf, {what}**": Step(copy.deepcopy(student), images, learn_from(teacher, images), bf16)
+            for what, teacher in teachers.items()
+        },
+        "**sqakd_hf, cached logits**": Step(
+            student, images, lambda logits: distillation_loss(logits, cached, 4.0), bf16
+        ),
+    }
 
 
 def learn_from(teacher: Teacher, images: torch.Tensor):

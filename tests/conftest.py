@@ -5,6 +5,9 @@ import os
 
 # Before any import of the Hub's client: no test may reach the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# MKL sums in an order that depends on where its inputs lie in memory, unless it is told not to: two students that are
+# equal to the last bit would differ by chance.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # the other cores have workers of their own
 

@@ -60,6 +60,11 @@ class FiniteWatch:
     def __init__(self, trainer: Trainer, forward: Callable[[dict[str, Any]], object]) -> None:
         self._trainer, self._forward = trainer, forward
 
+    @property
+    def looks_at_each_step(self) -> bool:
+        """Whether each step looks at its loss and gradients."""
+        return self._trainer.args.device.type == "cpu"
+
     def _stop(self, what: str, value: float, where: str) -> NoReturn:
         raise NonFiniteError(
             f"{what} is {value} at step {self._trainer.state.global_step}. First not finite: {where}. Lower "
@@ -69,7 +74,7 @@ class FiniteWatch:
 
     def check_loss(self, loss: torch.Tensor, inputs: dict[str, Any]) -> None:
         """Stop, on a CPU, at a loss that is not finite, and name the layer."""
-        if loss.device.type != "cpu" or torch.isfinite(loss):
+        if not self.looks_at_each_step or torch.isfinite(loss):
             return
         model, where = self._trainer.model, "not looked for in a model that is sharded"
         if not is_sharded(model):
@@ -81,7 +86,7 @@ class FiniteWatch:
     def check_gradients(self) -> None:
         """Stop, on a CPU, where a gradient is not finite."""
         model = self._trainer.model
-        if self._trainer.args.device.type != "cpu" or is_sharded(model):
+        if not self.looks_at_each_step or is_sharded(model):
             return
         norm = torch.nn.utils.get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
         if not torch.isfinite(norm) and (where := first_non_finite_gradient(model)) is not None:

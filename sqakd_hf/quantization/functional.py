@@ -334,7 +334,7 @@ def _flatten(
     if channel_axis is None:
         return _alias(x, (x.numel(),), (1,)), None, like
     rows = x.shape[0]
-    return _alias(x, (rows, x.numel() // rows), (x.stride(0), 1)), rows, like
+    return _alias(x, (rows, x.numel() // max(rows, 1)), (x.stride(0), 1)), rows, like
 
 
 def _unflatten(flat: torch.Tensor, like: torch.Tensor, x: torch.Tensor, channel_axis: int | None) -> torch.Tensor:
@@ -378,23 +378,41 @@ def _run(body: Callable, x: torch.Tensor, *args):
     flags = tuple(a for a in args if isinstance(a, bool))
     dtypes = tuple(a.dtype for a in (x, *args) if isinstance(a, torch.Tensor))
     try:
-        return _compiled(body, x.dim(), dtypes, flags)(x, *args)
+        return _compiled(body, *_kind(x), dtypes, flags)(x, *args)
     except _COMPILER_ERRORS as error:
         _compiler_failures.append(f"{type(error).__name__}: {error}".splitlines()[0])
         logger.info("Quantizers run without a compiled kernel, up to a third slower: %s", _compiler_failures[0])
         return body(x, *args)
 
 
+def _kind(x: torch.Tensor) -> tuple:
+    """Return what dynamo compiles anew for, dtypes and flags apart: sizes of 0 and 1, the device and two modes."""
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return tuple(min(size, 2) for size in x.shape), x.device, autocast, torch.is_inference_mode_enabled()
+
+
 @functools.cache
 def _compiled(body: Callable, *variant) -> Callable:
-    """Compile `body` once for each variant of rank, dtypes and flags; sizes and `qmax` stay symbolic.
+    """Compile `body` once for each variant of [`_kind`], dtypes and flags; other sizes and `qmax` stay symbolic.
 
     Each variant gets a code object of its own, with a name of its own lest two compare equal, because dynamo counts
     recompilations per code object and gives up at the eighth.
     """
     name = f"{body.__name__}_{next(_variants)}"
     own = types.FunctionType(body.__code__.replace(co_name=name), body.__globals__, name)
-    return torch.compile(own, dynamic=True, fullgraph=True)
+    return torch.compile(own, dynamic=True, fullgraph=True, options=_exact_division())
+
+
+def _exact_division() -> dict[str, bool]:
+    """Return Inductor's option to divide on a GPU as eager torch does, correctly rounded.
+
+    Its own division there is approximate, which moves values that lie next to the threshold between two codes. The
+    option's name differs by version; 2.9 has none.
+    """
+    names = ("eager_numerics.division_rounding", "emulate_divison_rounding")
+    known = torch._inductor.list_options()
+    return {name: True for name in names if name in known}
 
 
 _COMPILER_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit, OSError)

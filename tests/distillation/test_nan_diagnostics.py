@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from sqakd_hf import SQAKDTrainer, calibrate_model
 from sqakd_hf.distillation.nan_diagnostics import (
@@ -9,18 +9,7 @@ from sqakd_hf.distillation.nan_diagnostics import (
     first_non_finite_gradient,
     first_non_finite_parameter,
 )
-from tests.helpers.training import Images, arguments, make_trainer, models
-
-
-class Break(TrainerCallback):
-    """Makes a tensor NaN before the third step."""
-
-    def __init__(self, name):
-        self.name = name
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 2:
-            model.get_parameter(self.name).data[0] = float("nan")
+from tests.helpers.training import Break, Images, arguments, make_trainer, models
 
 
 @pytest.mark.parametrize(

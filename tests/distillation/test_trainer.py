@@ -44,6 +44,7 @@ from tests.helpers.training import (
     models,
     timm_resnet,
     undecided_models,
+    whole_and_resumed,
 )
 
 
@@ -480,29 +481,9 @@ class TestFirstCandidate:
 )
 class TestResuming:
     def test_a_resumed_run_equals_an_uninterrupted_one(self, tmp_path, build, size):
-        options = {
-            "build": build,
-            "size": size,
-            "save_strategy": "steps",
-            "save_steps": 2,
-            "config": {"quantizer": "lsq"},
-        }
-        whole = make_trainer(tmp_path / "whole", **options)
-        whole.train()
-
-        class Kill(TrainerCallback):
-            def on_step_begin(self, args, state, control, **kwargs):
-                if state.global_step == 3:
-                    raise SystemExit  # one step after the checkpoint
-
-        first = make_trainer(tmp_path / "cut", callbacks=[Kill()], **options)
-        with pytest.raises(SystemExit):
-            first.train()
-        second = make_trainer(tmp_path / "cut", **options)
-        second.train(resume_from_checkpoint=True)
-
-        assert second.state.global_step == whole.state.global_step == 6
-        assert_same_state(second.model, whole.model)
+        whole, resumed = whole_and_resumed(tmp_path, build=build, size=size, config={"quantizer": "lsq"})
+        assert resumed.state.global_step == whole.state.global_step == 6
+        assert_same_state(resumed.model, whole.model)
 
 
 class Grid:

@@ -2,9 +2,11 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
+from transformers import TrainerCallback
 
 from sqakd_hf import QuantizationConfig, SQAKDTrainer, SQAKDTrainingArguments, build_model, quantize_model
 from tests.helpers.models import CLASSES, IMAGE_SIZE, TinyConvNet
@@ -84,3 +86,33 @@ def assert_same_state(one: nn.Module, other: nn.Module) -> None:
     assert state.keys() == expected.keys()
     different = [name for name in expected if not torch.equal(state[name], expected[name])]
     assert not different
+
+
+def whole_and_resumed(folder, **options):
+    """Return a trainer that ran to its end, and one that took over from a run that was killed after a checkpoint."""
+    options = {"save_strategy": "steps", "save_steps": 2, **options}
+    whole = make_trainer(folder / "whole", **options)
+    whole.train()
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise SystemExit  # one step after the checkpoint
+
+    first = make_trainer(folder / "cut", callbacks=[Kill()], **options)
+    with pytest.raises(SystemExit):
+        first.train()
+    second = make_trainer(folder / "cut", **options)
+    second.train(resume_from_checkpoint=True)
+    return whole, second
+
+
+class Break(TrainerCallback):
+    """Makes a tensor NaN before the third step."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            model.get_parameter(self.name).data[0] = float("nan")

@@ -1,4 +1,6 @@
+import contextlib
 import functools
+import itertools
 import logging
 import math
 import os
@@ -809,6 +811,34 @@ class TestFusedKernels:
                 fake_quantize(x, *ends, 2, binary=binary, channel_axis=axis)
                 assert functional._compiler_failures == [], (dtype, binary, axis)
         assert functional._compiled.cache_info().currsize == 12
+
+    def test_divide_on_a_gpu_as_eager_torch_does(self, monkeypatch):
+        # Its own division there is approximate: forward and quantize, which is eager, would differ next to ties.
+        seen = []
+        monkeypatch.setattr(torch, "compile", lambda body, **options: seen.append(options["options"]) or body)
+        functional._compiled.__wrapped__(functional._forward)
+        (options,) = seen
+        assert options == functional._exact_division()
+        version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+        assert list(options.values()) == [True] * (version >= (2, 10))
+        assert all("div" in name and "rounding" in name for name in options)
+
+    def test_each_mode_and_each_size_of_one_has_one_too(self, compiler, monkeypatch):
+        # On a GPU everything is compiled, and four modes by four kinds of weights are more than dynamo's eight.
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+        monkeypatch.setattr(functional, "_compiled", functools.cache(functional._compiled.__wrapped__))
+        monkeypatch.setattr(functional, "_MIN_FUSED_NUMEL", 0)
+        modes = (
+            contextlib.nullcontext(),
+            torch.autocast("cpu", torch.bfloat16),
+            torch.autocast("cpu", torch.float16),
+            torch.inference_mode(),
+        )
+        for mode, shape in itertools.product(modes, ((6, 5), (6, 1), (1, 5), (1, 1), (0, 5), (6, 0))):
+            with mode:
+                y = fake_quantize(seeded(*shape), -torch.ones(shape[0]), torch.ones(shape[0]), 4, channel_axis=0)
+            assert y.shape == shape
+            assert functional._compiler_failures == [], (mode, shape)
 
     def test_wait_for_tensors_that_are_worth_it(self, broken_compiler):
         broken_compiler(AssertionError("compiled"))
