@@ -1,0 +1,1 @@
+"""Block by block: a student's ranges, statistics and weights, from its teacher and a few images without labels."""
