@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .configuration import QuantizationConfig
-from .convert import calibrate_model, is_calibrated, quantize_model, quantized_layers
+from .convert import is_calibrated, quantize_model, quantized_layers
 from .errors import ExportMismatchError, InputError
 from .functional import fake_quantize
 from .hf_quantizer import SQAKDHfQuantizer
@@ -12,6 +12,7 @@ from .layers import QuantizedLayer, register_quantized_layer
 from .losses import distillation_loss
 from .plan import LayerPlan, QuantizationPlan, plan_quantization
 from .quantizers import FakeQuantizer, create_quantizer, list_quantizers, register_quantizer
+from .reconstruction import Reconstruction, UnitResult, calibrate_model, reconstruct_model
 
 
 if TYPE_CHECKING:
@@ -52,12 +53,14 @@ __all__ = [
     "QuantizationConfig",
     "QuantizationPlan",
     "QuantizedLayer",
+    "Reconstruction",
     "SQAKDHfQuantizer",
     "SQAKDTrainer",
     "SQAKDTrainingArguments",
     "TeacherAgreement",
     "TeacherDivergence",
     "TopKAccuracy",
+    "UnitResult",
     "WeightsNotFoundError",
     "build_model",
     "calibrate_model",
@@ -74,6 +77,7 @@ __all__ = [
     "plan_quantization",
     "quantize_model",
     "quantized_layers",
+    "reconstruct_model",
     "register_quantized_layer",
     "register_quantizer",
     "split_holdout",

@@ -43,6 +43,7 @@ LAYERS = [
         "layer_error",
         "html_report",
         "last_batch",
+        "reconstruction",
     },
     {"training_args", "card"},
     {"push"},

@@ -1,14 +1,14 @@
 """Ranges, BatchNorm statistics and biases of one unit, from what it takes in the student and in the teacher."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..convert import RangeAverage, range_site
-from ..layers import QuantizedLayer
+from ..errors import InputError
 from ..quantizers import FakeQuantizer
 from .batch_norm import ChannelStatistics, match_statistics, tracks_statistics
 from .bias import correct_bias
@@ -50,23 +50,23 @@ def calibrate_unit(
     for name in unit.layers:
         layer = student.get_submodule(name)
         layer.weight_quantizer.init_range(layer.float_weight())
-    sites = _sites(unit, student, teacher, teacher_inputs, device)
-    few = inputs.first(RANGE_IMAGES), teacher_inputs.first(RANGE_IMAGES)
-    expected = _teacher_statistics(unit, teacher, few[1], sites, device)
+    sites = _sites(unit, teacher, teacher_inputs, device)
+    first, teacher_first = (x.first(RANGE_IMAGES).copies(device) for x in (inputs, teacher_inputs))
+    expected = _teacher_statistics(unit, teacher, [teacher_first], sites)
     with contextlib.ExitStack() as stack:
         for name, module in named_modules(unit, student):
             if isinstance(module, FakeQuantizer) and module.role == "activation":
                 stack.enter_context(RangeAverage(range_site(name), module))
         for name in sites:
             stack.enter_context(_corrected_at_once(student, teacher, name, expected[name]))
-        unit.run(student, few[0].copies(device))
-    if len(few[0]) == len(inputs):
+        unit.run(student, first)
+    if len(inputs) <= RANGE_IMAGES:
         return
-    expected = _teacher_statistics(unit, teacher, teacher_inputs, sites, device)
+    expected = _teacher_statistics(unit, teacher, teacher_inputs.chunks(device), sites)
     for name in sites:
         found = ChannelStatistics()
-        with _observed(student.get_submodule(name), found, stop=True):
-            run_for_hooks(unit, student, inputs, device)
+        with _observed(student, name, found, stop=True):
+            run_for_hooks(unit, student, inputs.chunks(device))
         _correct(student, teacher, name, expected[name], found)
 
 
@@ -80,9 +80,7 @@ def _correct(
         correct_bias(module, expected, found)
 
 
-def _sites(
-    unit: Unit, student: nn.Module, teacher: nn.Module, teacher_inputs: UnitInputs, device: torch.device
-) -> list[str]:
+def _sites(unit: Unit, teacher: nn.Module, teacher_inputs: UnitInputs, device: torch.device) -> list[str]:
     """Return BatchNorm layers, and quantized layers with a bias and no BatchNorm behind, in the order of execution."""
     order: list[str] = []
     outputs: dict[str, torch.Tensor] = {}
@@ -116,11 +114,17 @@ def _channel_axis(module: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def _observed(module: nn.Module, statistics: ChannelStatistics, stop: bool = False) -> Iterator[None]:
-    """Add what a norm takes, or a layer puts out, to `statistics`."""
+def _observed(model: nn.Module, name: str, statistics: ChannelStatistics, stop: bool = False) -> Iterator[None]:
+    """Add what a norm of that name takes, or a layer puts out, to `statistics`."""
+    module = model.get_submodule(name)
 
     def observe(x: torch.Tensor) -> None:
         statistics.add(x, _channel_axis(module))
+        if not bool(statistics.mean.isfinite().all()):
+            raise InputError(
+                f"Calibration met {'NaN' if bool(x.isnan().any()) else 'infinite'} values in {name!r} of "
+                f"{type(model).__name__}. Check the images and the float model's own output."
+            )
         if stop:
             raise Reached
 
@@ -163,11 +167,11 @@ def _corrected_at_once(
 
 
 def _teacher_statistics(
-    unit: Unit, teacher: nn.Module, inputs: UnitInputs, sites: list[str], device: torch.device
+    unit: Unit, teacher: nn.Module, batches: Iterable[list[torch.Tensor]], sites: list[str]
 ) -> dict[str, ChannelStatistics]:
     statistics = {name: ChannelStatistics() for name in sites}
     with contextlib.ExitStack() as stack:
         for name in sites:
-            stack.enter_context(_observed(teacher.get_submodule(name), statistics[name]))
-        run_for_hooks(unit, teacher, inputs, device)
+            stack.enter_context(_observed(teacher, name, statistics[name]))
+        run_for_hooks(unit, teacher, batches)
     return statistics

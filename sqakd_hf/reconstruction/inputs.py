@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -173,8 +173,8 @@ def run_unit(unit: Unit, model: nn.Module, inputs: UnitInputs, store: Store, dev
     return output
 
 
-def run_for_hooks(unit: Unit, model: nn.Module, inputs: UnitInputs, device: torch.device) -> None:
-    """Run a unit on all images for what hooks see; a hook that raises [`Reached`] ends its chunk early."""
-    for columns in inputs.chunks(device):
+def run_for_hooks(unit: Unit, model: nn.Module, batches: Iterable[list[torch.Tensor]]) -> None:
+    """Run a unit for what hooks see; a hook that raises [`Reached`] ends its batch early."""
+    for columns in batches:
         with contextlib.suppress(Reached):
             unit.run(model, columns)

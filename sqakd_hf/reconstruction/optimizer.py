@@ -90,9 +90,13 @@ def _rated_range(quantizer: FakeQuantizer) -> dict[torch.Tensor, torch.Tensor]:
     with torch.enable_grad():
         ends = quantizer.clip_range()
         width = (ends[1] - ends[0]).detach()
-        slopes = [torch.autograd.grad(end.sum(), tensors, retain_graph=True, allow_unused=True) for end in ends]
+        slopes = [
+            torch.autograd.grad(end.sum(), tensors, retain_graph=True, allow_unused=True)
+            for end in ends
+            if end.requires_grad  # PACT's lower end is zero
+        ]
     rates = {}
-    for tensor, *both in zip(tensors, *slopes, strict=True):
-        slope = torch.stack([torch.zeros_like(tensor) if x is None else x.abs() for x in both]).amax(0)
+    for tensor, *found in zip(tensors, *slopes, strict=True):
+        slope = torch.stack([torch.zeros_like(tensor) if x is None else x.abs() for x in found]).amax(0)
         rates[tensor] = RANGE_RATE * width / slope.clamp(min=1e-6)
     return rates

@@ -10,6 +10,7 @@ from torch import nn
 from ..convert import device_of
 from ..errors import InputError
 from .inputs import CHUNK, Store, UnitInputs, run_unit, take_inputs
+from .state import digest_of
 from .units import TRACED_IMAGES, Unit
 
 
@@ -46,6 +47,8 @@ class Images:
         except RuntimeError as error:
             shapes = sorted({tuple(rows.shape[1:]) for rows in tensors["pixel_values"]})
             raise InputError(f"All images must have one size, got {shapes}.") from error
+        if not all(bool(rows.isfinite().all()) for rows in tensors["pixel_values"]):
+            raise InputError("The images hold values that are NaN or infinite.")
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         self._device, self._dtype = like.device, like.dtype
 
@@ -61,6 +64,10 @@ class Images:
         """Yield `CHUNK` images at a time."""
         for start in range(0, len(self), CHUNK):
             yield self._on_device({name: rows[start : start + CHUNK] for name, rows in self._tensors.items()})
+
+    def digest(self) -> str:
+        """Return a hash of all images."""
+        return digest_of([self._tensors[name] for name in sorted(self._tensors)])
 
     def _on_device(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         inputs = {name: rows.to(self._device) for name, rows in inputs.items()}

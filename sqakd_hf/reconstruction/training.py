@@ -1,67 +1,36 @@
 """Block by block, each unit of a student learns to put out what the teacher's does."""
 
 import contextlib
-import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
-from ..convert import device_of, quantized_layers, quantizers, record_signedness, require_planned_layers
-from ..errors import InputError
+from ..convert import device_of
 from ..layers import QuantizedLayer
 from ..quantizers import FakeQuantizer
-from ..teacher import parameter_shapes
-from ..trace import evaluating
 from .calibration import calibrate_unit
-from .inputs import Store, UnitInputs, run_unit
+from .inputs import Store, run_unit
 from .optimizer import RatedAdam, rated_parameters
-from .units import Unit, find_units, require_units
+from .state import Progress, UnitResult, UnitState
+from .units import Unit
 from .walk import Images, Stage, walk
 from .windows import Window, find_window
 
 
-logger = logging.getLogger(__name__)
-
-FEWEST_IMAGES = 32
 # Share of elements that pass as in the teacher (a unit's input) or unquantized (activations inside), while it learns.
 MIXED = 0.5
 # Units are compared, before and after, on so many images.
 COMPARED = 256
 
 
-@dataclass(frozen=True)
-class UnitResult:
-    """What became of one unit.
-
-    Args:
-        name (`str`): See [`Unit`].
-        before, calibrated, after (`float`): Its error: mean squared error over the variance of the teacher's output,
-            or for the head the KL divergence at temperature 1; as it came, with ranges and statistics set anew, and
-            as it is left: the least of the three stages.
-        seconds (`float`): Time it took.
-    """
-
-    name: str
-    before: float
-    calibrated: float
-    after: float
-    seconds: float
-
-
-def reconstruct_unit(
-    unit: Unit,
+def train_unit(
+    stage: Stage,
     student: nn.Module,
     teacher: nn.Module,
-    inputs: UnitInputs,
-    teacher_inputs: UnitInputs,
-    target: torch.Tensor,
     *,
     steps: int,
     batch_size: int,
@@ -73,18 +42,19 @@ def reconstruct_unit(
     See [QDrop](https://huggingface.co/papers/2203.05740) for the mixing of quantized and float activations. The
     rounding of weights is straight-through.
     """
+    unit = stage.unit
     generator = torch.Generator(device).manual_seed(seed)
-    window = None if unit.is_head else find_window(unit, teacher, teacher_inputs, device)
-    variance = float(target[:COMPARED].float().var())
+    window = None if unit.is_head else find_window(unit, teacher, stage.teacher_inputs, device)
+    variance = _variance(stage)
     rated = rated_parameters(unit.of(student))
     optimizer = RatedAdam(rated)
     order: list[int] = []
     with _learning(unit.of(student), optimizer.parameters), _mixing(unit, student, generator):
         for step in range(steps):
             if len(order) < batch_size:
-                order += torch.randperm(len(inputs), generator=generator, device=device).tolist()
+                order += torch.randperm(len(stage.inputs), generator=generator, device=device).tolist()
             rows, order = order[:batch_size], order[batch_size:]
-            loss = _loss(unit, student, inputs, teacher_inputs, target, rows, window, generator, device)
+            loss = _loss(stage, student, rows, window, generator, device)
             if not unit.is_head:
                 loss = loss / variance
             gradients = torch.autograd.grad(loss, optimizer.parameters, allow_unused=True)
@@ -92,16 +62,14 @@ def reconstruct_unit(
 
 
 def _loss(
-    unit: Unit,
+    stage: Stage,
     student: nn.Module,
-    inputs: UnitInputs,
-    teacher_inputs: UnitInputs,
-    target: torch.Tensor,
     rows: Sequence[int],
     window: Window | None,
     generator: torch.Generator,
     device: torch.device,
 ) -> torch.Tensor:
+    unit, inputs, teacher_inputs, target = stage.unit, stage.inputs, stage.teacher_inputs, stage.target
     place = None if window is None else window.place(generator)
 
     def take(column: torch.Tensor) -> torch.Tensor:
@@ -131,8 +99,18 @@ def unit_error(unit: Unit, output: torch.Tensor, expected: torch.Tensor) -> torc
 
 def _mixed(x: torch.Tensor, other: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return `x` with a random share of its elements taken from `other`."""
-    drawn = torch.empty_like(x, dtype=torch.uint8).random_(256, generator=generator)
-    return torch.where(drawn < round(MIXED * 256), other, x)
+    # Eight elements for each number that is drawn, by their lower seven bits.
+    drawn = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(generator=generator)
+    chosen = drawn.view(torch.uint8)[: x.numel()].bitwise_and_(127) < round(MIXED * 128)
+    return torch.where(_like(chosen, x), other, x)
+
+
+def _like(flat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """View a flat tensor in the shape and memory order of `x`, where that is dense."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        batch, channels, height, width = x.shape
+        return flat.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return flat.view(x.shape)
 
 
 @contextlib.contextmanager
@@ -164,25 +142,6 @@ def _learning(modules: Sequence[nn.Module], parameters: Sequence[torch.Tensor]) 
             parameter.requires_grad_(trains)
 
 
-class UnitState:
-    """The tensors of some modules as they are now, to come back to."""
-
-    def __init__(self, modules: Iterable[nn.Module]):
-        self._modules = list(modules)
-        self._tensors = [
-            (tensor, tensor.detach().clone())
-            for module in self._modules
-            for tensor in (*module.parameters(), *module.buffers())
-        ]
-
-    def restore(self) -> None:
-        for tensor, value in self._tensors:
-            tensor.data = value.clone()
-        for module in (inner for outer in self._modules for inner in outer.modules()):
-            if isinstance(module, FakeQuantizer):
-                module.refresh()
-
-
 @torch.no_grad()
 def reconstruct_units(
     units: Sequence[Unit],
@@ -194,46 +153,65 @@ def reconstruct_units(
     steps: int,
     batch_size: int,
     seed: int,
-    bar: tqdm | None = None,
+    progress: Progress | None = None,
+    on_unit: Callable[[UnitResult], None] | None = None,
 ) -> list[UnitResult]:
-    """Calibrate and train one unit after the other; each is left in the best of its three stages."""
-    device = device_of(student)
+    """Calibrate and train one unit after the other; each is left in the best of its states.
+
+    Args:
+        units (list of `Unit`): See [`find_units`].
+        student, teacher (`nn.Module`): Both in eval mode; the student is changed in place.
+        images (`Images`), store (`Store`): See [`walk`].
+        steps (`int`), batch_size (`int`), seed (`int`): Of the training of each unit.
+        progress (`Progress`, *optional*): Where finished units are kept, and taken from.
+        on_unit (`Callable`, *optional*): Is told the result of each unit.
+    """
     results = []
     for number, stage in enumerate(walk(units, student, teacher, images, store)):
-        unit, inputs, start = stage.unit, stage.inputs, time.perf_counter()
-        modules = unit.of(student)
-
-        def error(stage: Stage = stage) -> float:
-            return _relative_error(stage, student, store, device)
-
-        before, as_it_was = error(), UnitState(modules)
-        calibrate_unit(unit, student, teacher, inputs, stage.teacher_inputs, device)
-        best, state = before, as_it_was
-        calibrated = error()
-        if calibrated < best:
-            best, state = calibrated, UnitState(modules)
-        if steps and unit.layers:
-            reconstruct_unit(
-                unit,
-                student,
-                teacher,
-                inputs,
-                stage.teacher_inputs,
-                stage.target,
-                steps=steps,
-                batch_size=batch_size,
-                seed=seed * 1_000_003 + number,
-                device=device,
-            )
-            if (trained := error()) < best:
-                best, state = trained, None
-        if state is not None and not (state is not as_it_was and not steps):
-            state.restore()
-        results.append(UnitResult(unit.name, before, calibrated, best, time.perf_counter() - start))
-        if bar is not None:
-            bar.set_postfix_str(f"{unit.name} {before:.3g} -> {best:.3g}")
-            bar.update()
+        result = None if progress is None else progress.load(number, stage.unit, student)
+        if result is None:
+            result = _improve(stage, student, teacher, store, steps, batch_size, seed * 1_000_003 + number)
+            if progress is not None:
+                progress.save(number, stage.unit, student, result)
+        results.append(result)
+        if on_unit is not None:
+            on_unit(result)
     return results
+
+
+def _improve(
+    stage: Stage, student: nn.Module, teacher: nn.Module, store: Store, steps: int, batch_size: int, seed: int
+) -> UnitResult:
+    """Calibrate and train one unit, and leave it in the state of the least error."""
+    unit, device, start = stage.unit, device_of(student), time.perf_counter()
+    modules = unit.of(student)
+    errors = [_relative_error(stage, student, store, device)]
+    states = [UnitState(modules)]
+    calibrate_unit(unit, student, teacher, stage.inputs, stage.teacher_inputs, device)
+    errors.append(_relative_error(stage, student, store, device))
+    states.append(UnitState(modules))
+    if unit.layers and steps:
+        train_unit(stage, student, teacher, steps=steps, batch_size=batch_size, seed=seed, device=device)
+        settle_weights([student.get_submodule(name) for name in unit.layers])
+        errors.append(_relative_error(stage, student, store, device))
+        states.append(UnitState(modules))
+    least = min(range(len(errors)), key=lambda i: errors[i] if math.isfinite(errors[i]) else math.inf)
+    states[least].restore()
+    return UnitResult(unit.name, errors[0], errors[1], errors[least], time.perf_counter() - start)
+
+
+@torch.no_grad()
+def settle_weights(layers: Iterable[QuantizedLayer]) -> None:
+    """Put latent weights on the values that they are quantized to, in place, where that keeps the codes.
+
+    A straight-through training leaves many at the threshold between two codes, where the first update of any later
+    training would change them together.
+    """
+    for layer in layers:
+        codes, latent = layer.weight_codes(), layer.stored_weight.detach().clone()
+        layer.stored_weight.copy_(layer.weight_quantizer.latent(layer.quantized_weight()))
+        if not torch.equal(layer.weight_codes(), codes):
+            layer.stored_weight.copy_(latent)
 
 
 def _relative_error(stage: Stage, student: nn.Module, store: Store, device: torch.device) -> float:
@@ -242,4 +220,9 @@ def _relative_error(stage: Stage, student: nn.Module, store: Store, device: torc
     target = stage.target[: len(few)]
     error = float(unit_error(stage.unit, output, target))
     store.free(output)
-    return error if stage.unit.is_head else error / float(target.float().var())
+    return error if stage.unit.is_head else error / _variance(stage)
+
+
+def _variance(stage: Stage) -> float:
+    """Return the variance of what the teacher's unit puts out; errors are in units of it."""
+    return max(float(stage.target[:COMPARED].float().var()), torch.finfo(torch.float32).tiny)
