@@ -435,6 +435,8 @@ def _plan_layer(
     if reason is not None:
         return LayerPlan(**base, skipped=reason)
     options = config.layer_options()
+    if _is_depthwise(module):
+        options |= config.depthwise_options()
     if is_edge and config.first_last_bits is not None:
         options["weight_bits"] = config.first_last_bits
         if options["activation_bits"] is not None:
@@ -449,6 +451,12 @@ def _plan_layer(
         reads_images=trace is not None and name in trace.first,
         **{key: options[key] for key in LAYER_FIELDS},
     )
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    """Tell whether a convolution has one filter for each channel."""
+    groups = getattr(module, "groups", 1)
+    return isinstance(groups, int) and 1 < groups == getattr(module, "in_channels", None)
 
 
 def _plan_attention(

@@ -16,8 +16,9 @@ from .inputs import Reached, UnitInputs, run_for_hooks
 from .units import Unit
 
 
-# Ranges are set on so many images; statistics, which need no search, on all.
-RANGE_IMAGES = 64
+# Ranges are set on so many images, of which each has thousands of positions; statistics on more of them.
+RANGE_IMAGES = 32
+STATISTICS_IMAGES = 256
 
 
 def named_modules(unit: Unit, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -39,7 +40,7 @@ def calibrate_unit(
     """Set the ranges of a unit, match its BatchNorm statistics and correct its biases, in place.
 
     All in the order of execution, each on inputs that passed everything in front of it as it is in the end: first
-    ranges (and, by the way, the rest) on `RANGE_IMAGES` images, then statistics and biases on all images.
+    ranges (and, by the way, the rest) on `RANGE_IMAGES` images, then statistics and biases on `STATISTICS_IMAGES`.
 
     Args:
         unit (`Unit`): The unit.
@@ -62,6 +63,7 @@ def calibrate_unit(
         unit.run(student, first)
     if len(inputs) <= RANGE_IMAGES:
         return
+    inputs, teacher_inputs = (x.first(STATISTICS_IMAGES) for x in (inputs, teacher_inputs))
     expected = _teacher_statistics(unit, teacher, teacher_inputs.chunks(device), sites)
     for name in sites:
         found = ChannelStatistics()

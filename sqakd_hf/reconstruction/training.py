@@ -24,7 +24,7 @@ from .windows import Window, find_window
 # Share of elements that pass as in the teacher (a unit's input) or unquantized (activations inside), while it learns.
 MIXED = 0.5
 # Units are compared, before and after, on so many images.
-COMPARED = 256
+COMPARED = 128
 
 
 def train_unit(
