@@ -22,7 +22,15 @@ logger = logging.getLogger(__name__)
 
 # 1: float latents alone. 2: `stored` says what each layer is and how its weights are stored.
 FORMAT_VERSION = 2
-LAYER_FIELDS = ("quantizer", "weight_bits", "activation_bits", "per_channel", "integer_zero_point", "quantizer_kwargs")
+LAYER_FIELDS = (
+    "quantizer",
+    "activation_quantizer",
+    "weight_bits",
+    "activation_bits",
+    "per_channel",
+    "integer_zero_point",
+    "quantizer_kwargs",
+)
 # Depthwise convolutions of fewer bits cost most of what a network loses at 4 bits, and are few of its weights.
 DEPTHWISE_BITS = 8
 OVERRIDABLE = (*LAYER_FIELDS, "attention_bits")
@@ -37,6 +45,8 @@ class QuantizationConfig(QuantizationConfigMixin):
 
     Args:
         quantizer (`str`, *optional*, defaults to `"lsq"`): One of [`list_quantizers`], for weights and activations.
+        activation_quantizer (`str`, *optional*): Another one for activations: `"lsq+"`, whose range need not begin or
+            be centred at zero, is nearer to inputs that are negative at times. `None`: `quantizer`.
         weight_bits (`int`, *optional*, defaults to 2): 1 to 8.
         activation_bits (`int`, *optional*, defaults to 2): 1 to 8; `None` leaves activations in float.
         per_channel (`bool`, *optional*, defaults to `True`): One weight range per output channel instead of one per
@@ -51,10 +61,10 @@ class QuantizationConfig(QuantizationConfigMixin):
         depthwise_bits (`int` or `str`, *optional*, defaults to `"auto"`): Bits of depthwise convolutions, weights and
             activations. `"auto"` gives them 8 where 4 or fewer were asked: at 4 bits they are what mobile networks
             lose most by, and 3 % of their bytes. `None` treats them as the other layers.
-        overrides (`dict[str, dict]`, *optional*): Pattern → any of `quantizer`, `weight_bits`, `activation_bits`,
-            `per_channel`, `integer_zero_point`, `quantizer_kwargs` for the layers that match, and `attention_bits`
-            for attention modules. Also overrules
-            `first_last_bits`; where several patterns match, later ones overrule earlier ones.
+        overrides (`dict[str, dict]`, *optional*): Pattern → any of `quantizer`, `activation_quantizer`,
+            `weight_bits`, `activation_bits`, `per_channel`, `integer_zero_point`, `quantizer_kwargs` for the layers
+            that match, and `attention_bits` for attention modules. Also overrules `first_last_bits` and
+            `depthwise_bits`; where several patterns match, later ones overrule earlier ones.
         modules_to_not_convert (`list[str]`, *optional*): Patterns of modules that stay in full precision.
         quantizer_kwargs (`dict`, *optional*): Options of the quantizer, such as `{"delta": 0.0}`.
         integer_zero_point (`bool`, *optional*, defaults to `True`): Keep zero exactly on the grid of activations, as
@@ -79,6 +89,7 @@ class QuantizationConfig(QuantizationConfigMixin):
     attention_bits: int | None = None
     residual_bits: int | None = field(default=None, kw_only=True)
     depthwise_bits: int | str | None = field(default="auto", kw_only=True)
+    activation_quantizer: str | None = field(default=None, kw_only=True)
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     modules_to_not_convert: list[str] = field(default_factory=list)
     quantizer_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -152,16 +163,19 @@ class QuantizationConfig(QuantizationConfigMixin):
             raise InputError(
                 f"{where}quantizer_kwargs can't hold {', '.join(decided)}, which the config's own fields decide."
             )
-        if options["quantizer"] not in list_quantizers():
-            raise InputError(
-                f"{where}Unknown quantizer {options['quantizer']!r}; registered: {', '.join(list_quantizers())}."
-                + suggest(options["quantizer"], list_quantizers())
-            )
-        try:
-            for role in ("weight", "activation"):
-                create_quantizer(options["quantizer"], bits=options["weight_bits"], role=role, **kwargs)
-        except InputError as error:
-            raise InputError(f"{where}{error}") from error
+        by_role = {"weight": options["quantizer"], "activation": options["activation_quantizer"]}
+        by_role["activation"] = by_role["weight"] if by_role["activation"] is None else by_role["activation"]
+        for role, name in by_role.items():
+            if name not in list_quantizers():
+                what = "quantizer" if name == options["quantizer"] else "activation_quantizer"
+                raise InputError(
+                    f"{where}Unknown {what} {name!r}; registered: {', '.join(list_quantizers())}."
+                    + suggest(name, list_quantizers())
+                )
+            try:
+                create_quantizer(name, bits=options["weight_bits"], role=role, **kwargs)
+            except InputError as error:
+                raise InputError(f"{where}{error}") from error
 
     def layer_options(self) -> dict[str, Any]:
         """Return the options that apply to a layer which no override and no first/last rule touches."""

@@ -21,6 +21,8 @@ NOT_CONVERTED = "listed in modules_to_not_convert"
 FIRST_OR_LAST = "first or last layer"
 ATTENTION_OFF = "attention_bits is None"
 ASKED_FOR = (NOT_CONVERTED, FIRST_OR_LAST, ATTENTION_OFF)
+# What the line of a module that has activations alone takes of a layer's options.
+_OF_ACTIVATIONS = ("quantizer", "activation_quantizer", "integer_zero_point", "quantizer_kwargs")
 # Packages whose layers are quantized already.
 _OTHER_TOOLS = ("torch.ao.", "torchao.", "bitsandbytes.", "optimum.quanto.", "hqq.", "gptqmodel.", "awq.", "brevitas.")
 
@@ -34,7 +36,8 @@ class LayerPlan:
     multiply-accumulates for one image, `None` where the model did not run on an example. `bypassed` layers are those
     whose weight their parent module applies itself. `reads_images` layers meet the image before any other layer does.
     `fused` is how a module of timm's that knows two ways computed attention: by one function, which scales after the
-    product, or in steps, with a query that is scaled; `None` elsewhere.
+    product, or in steps, with a query that is scaled; `None` elsewhere. `activation_quantizer` is that of activations
+    where it is not `quantizer`.
 
     A module that computes attention has a line too: no weights, and in `activation_bits` those of its operands. So has
     a module whose output is added by a residual connection: in `activation_bits` those of that output.
@@ -55,6 +58,7 @@ class LayerPlan:
     bypassed: bool = False
     reads_images: bool = False
     fused: bool | None = None
+    activation_quantizer: str | None = None
 
     @property
     def learns_input_range(self) -> bool:
@@ -479,7 +483,10 @@ def _plan_attention(
         **base,
         activation_bits=options["attention_bits"],
         fused=getattr(module, "fused_attn", None),
-        **{key: options[key] for key in ("quantizer", "integer_zero_point", "quantizer_kwargs")},
+        **{
+            key: options[key]
+            for key in ("quantizer", "activation_quantizer", "integer_zero_point", "quantizer_kwargs")
+        },
     )
 
 
@@ -492,7 +499,10 @@ def _plan_residual(name: str, layer_type: str, config: QuantizationConfig, reaso
     return LayerPlan(
         **base,
         activation_bits=config.residual_bits,
-        **{key: options[key] for key in ("quantizer", "integer_zero_point", "quantizer_kwargs")},
+        **{
+            key: options[key]
+            for key in ("quantizer", "activation_quantizer", "integer_zero_point", "quantizer_kwargs")
+        },
     )
 
 

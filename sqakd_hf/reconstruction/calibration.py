@@ -50,13 +50,15 @@ def calibrate_unit(
     """
     for name in unit.layers:
         layer = student.get_submodule(name)
-        layer.weight_quantizer.init_range(layer.float_weight())
+        with _least_error(layer.weight_quantizer):
+            layer.weight_quantizer.init_range(layer.float_weight())
     sites = _sites(unit, teacher, teacher_inputs, device)
     first, teacher_first = (x.first(RANGE_IMAGES).copies(device) for x in (inputs, teacher_inputs))
     expected = _teacher_statistics(unit, teacher, [teacher_first], sites)
     with contextlib.ExitStack() as stack:
         for name, module in named_modules(unit, student):
             if isinstance(module, FakeQuantizer) and module.role == "activation":
+                stack.enter_context(_least_error(module))
                 stack.enter_context(RangeAverage(range_site(name), module))
         for name in sites:
             stack.enter_context(_corrected_at_once(student, teacher, name, expected[name]))
@@ -70,6 +72,21 @@ def calibrate_unit(
         with _observed(student, name, found, stop=True):
             run_for_hooks(unit, student, inputs.chunks(device))
         _correct(student, teacher, name, expected[name], found)
+
+
+@contextlib.contextmanager
+def _least_error(quantizer: FakeQuantizer) -> Iterator[None]:
+    """Set first ranges by least squared error at every width, unless the caller chose another way.
+
+    The methods' own ways for few codes are made for networks that train long from there. One that was trained before,
+    and sees a few hundred images, needs the nearest values.
+    """
+    asked = quantizer.first_range
+    quantizer.first_range = "error" if asked == "auto" else asked
+    try:
+        yield
+    finally:
+        quantizer.first_range = asked
 
 
 def _correct(
