@@ -491,3 +491,31 @@ class TestBadInput:
         teacher = resnet()
         with pytest.raises(InputError, match="pass one of the two"):
             calibrate_model(student_of(teacher), [photographs()], teacher=teacher, reestimate_batch_norm=True)
+
+
+def reconstruct_in_a_process(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    teacher = resnet()
+    student = student_of(teacher)
+    result = reconstruct(student, teacher, photographs(80)[rank * 40 :][:40], steps=20)
+    torch.save((student.state_dict(), [(unit.before, unit.after) for unit in result]), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_student(tmp_path):
+    torch.multiprocessing.spawn(reconstruct_in_a_process, (tmp_path,), nprocs=2)
+    (one, errors), (other, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert errors == others and any(after < 0.9 * before for before, after in errors)
+
+
+def test_under_autocast_units_compute_in_its_precision():
+    teacher = resnet()
+    student = student_of(teacher, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = reconstruct(student, teacher, steps=20)
+    assert all(unit.after <= min(unit.before, unit.calibrated) for unit in result)
+    assert sum(unit.after for unit in result) < sum(unit.calibrated for unit in result)
+    assert all(tensor.dtype != torch.bfloat16 for tensor in student.state_dict().values())

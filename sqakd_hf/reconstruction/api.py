@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..layers import QuantizedLayer
 from ..teacher import parameter_shapes
 from ..trace import evaluating
+from . import processes
 from .calibration import calibrate_unit
 from .inputs import Store
 from .state import Progress, UnitResult, digest_of, unchanged_on_error
@@ -156,6 +157,9 @@ def reconstruct_model(
     [BRECQ](https://huggingface.co/papers/2102.05426) and [QDrop](https://huggingface.co/papers/2203.05740); weights
     are rounded straight through.
 
+    In several processes (`torch.distributed`), each passes images of its own; gradients are averaged, and all end
+    with the same student. Under `torch.autocast` units compute in its precision.
+
     The same arguments give the same student, to the last bit on one machine, with any `memory_budget` and however
     often it was interrupted. On any error, and where it is interrupted, the student is left as it was;
     `checkpoint_dir` keeps the finished units.
@@ -191,6 +195,8 @@ def reconstruct_model(
     if (reason := _why_not_compared(model, teacher)) is not None:
         raise InputError(f"The student's units have nothing to learn from: {reason}.")
     images = Images(images, model)
+    if checkpoint_dir is not None and processes.count() > 1:
+        raise InputError("checkpoint_dir keeps the units of one process: leave it out where there are several.")
     if len(images) < FEWEST_IMAGES:
         raise InputError(
             f"{len(images)} images are too few: units would learn these by heart. Pass {FEWEST_IMAGES} or more; "
@@ -242,6 +248,9 @@ def reconstruct_model(
 def _set_first_ranges(model: nn.Module, images: Images) -> None:
     """Set all ranges from a few images, and find what can't be calibrated: what units need from one another."""
     convert.calibrate_model(model, [images.first(min(len(images), FEWEST_IMAGES))], disable_progress=True)
+    processes.take_from_first(tensor for q in convert.quantizers(model) for tensor in q.state_dict().values())
+    for quantizer in convert.quantizers(model):
+        quantizer.refresh()
 
 
 def _units(model: nn.Module, teacher: nn.Module, images: Images, patterns: Sequence[str] | None = None) -> list[Unit]:

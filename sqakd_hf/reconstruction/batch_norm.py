@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from . import processes
+
 
 # Quantization changes a variance by less, unless a channel has died.
 _LIMIT = 4.0
@@ -32,6 +34,21 @@ class ChannelStatistics:
         self._squares = self._squares + variance * count + change.square() * (self.count * count / total)
         self.mean = self.mean + change * (count / total)
         self.count = total
+
+    def of_all_processes(self) -> "ChannelStatistics":
+        """Return the statistics over what all processes added; on one process these."""
+        if processes.count() == 1:
+            return self
+        own = torch.cat([torch.full_like(self.mean[:1], self.count), self.mean * self.count, self.squares()])
+        count, sums, squares = processes.sum_up(own).split([1, len(self.mean), len(self.mean)])
+        total = ChannelStatistics()
+        total.count, total.mean = int(count), sums / count
+        total._squares = squares - total.mean.square() * count
+        return total
+
+    def squares(self) -> torch.Tensor:
+        """Return the sum of squares of each channel."""
+        return self._squares + self.mean.square() * self.count
 
     @property
     def variance(self) -> torch.Tensor:

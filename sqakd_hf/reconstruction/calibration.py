@@ -10,9 +10,11 @@ from torch import nn
 from ..convert import RangeAverage, range_site
 from ..errors import InputError
 from ..quantizers import FakeQuantizer
+from . import processes
 from .batch_norm import ChannelStatistics, match_statistics, tracks_statistics
 from .bias import correct_bias
 from .inputs import Reached, UnitInputs, run_for_hooks
+from .state import UnitState, refresh_quantizers
 from .units import Unit
 
 
@@ -47,6 +49,8 @@ def calibrate_unit(
         student, teacher (`nn.Module`): Both in eval mode.
         inputs, teacher_inputs (`UnitInputs`): What the unit takes in each of them, on the same images.
         device (`torch.device`): Where both models are.
+
+    Of several processes the first sets ranges, and all share their statistics.
     """
     for name in unit.layers:
         layer = student.get_submodule(name)
@@ -63,7 +67,11 @@ def calibrate_unit(
         for name in sites:
             stack.enter_context(_corrected_at_once(student, teacher, name, expected[name]))
         unit.run(student, first)
-    if len(inputs) <= RANGE_IMAGES:
+    if processes.count() > 1:
+        tensors = UnitState(unit.of(student)).tensors
+        processes.take_from_first(tensors)
+        refresh_quantizers(unit.of(student))
+    elif len(inputs) <= RANGE_IMAGES:
         return
     inputs, teacher_inputs = (x.first(STATISTICS_IMAGES) for x in (inputs, teacher_inputs))
     expected = _teacher_statistics(unit, teacher, teacher_inputs.chunks(device), sites)
@@ -71,7 +79,7 @@ def calibrate_unit(
         found = ChannelStatistics()
         with _observed(student, name, found, stop=True):
             run_for_hooks(unit, student, inputs.chunks(device))
-        _correct(student, teacher, name, expected[name], found)
+        _correct(student, teacher, name, expected[name].of_all_processes(), found.of_all_processes())
 
 
 @contextlib.contextmanager

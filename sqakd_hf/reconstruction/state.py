@@ -50,14 +50,20 @@ class UnitState:
             for tensor in (*module.parameters(), *module.buffers())
         ]
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors themselves, in a fixed order."""
+        return [tensor for tensor, _ in self._tensors]
+
     @torch.no_grad()
     def restore(self) -> None:
         for tensor, value in self._tensors:
             tensor.data = value.clone()
-        _refresh(self._modules)
+        refresh_quantizers(self._modules)
 
 
-def _refresh(modules: Iterable[nn.Module]) -> None:
+def refresh_quantizers(modules: Iterable[nn.Module]) -> None:
+    """Bring quantizers inside up to date after their tensors were changed."""
     for module in (inner for outer in modules for inner in outer.modules()):
         if isinstance(module, FakeQuantizer):
             module.refresh()
@@ -135,7 +141,7 @@ class Progress:
                     tensor.copy_(value)
                 else:  # a range that is not set yet
                     tensor.data = value
-            _refresh(unit.of(student))
+            refresh_quantizers(unit.of(student))
             return UnitResult(**json.loads(file.metadata()["result"]))
 
     def _path(self, number: int) -> Path:

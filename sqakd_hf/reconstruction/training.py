@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..convert import device_of
 from ..layers import QuantizedLayer
 from ..quantizers import FakeQuantizer
+from . import processes
 from .calibration import calibrate_unit
 from .inputs import Store, run_unit
 from .optimizer import RatedAdam, rated_parameters
@@ -43,7 +44,7 @@ def train_unit(
     rounding of weights is straight-through.
     """
     unit = stage.unit
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed + processes.rank())
     window = None if unit.is_head else find_window(unit, teacher, stage.teacher_inputs, device)
     variance = _variance(stage)
     rated = rated_parameters(unit.of(student))
@@ -58,7 +59,7 @@ def train_unit(
             if not unit.is_head:
                 loss = loss / variance
             gradients = torch.autograd.grad(loss, optimizer.parameters, allow_unused=True)
-            optimizer.step(gradients, 0.5 * (1 + math.cos(math.pi * step / steps)))
+            optimizer.step(processes.average(gradients), 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def _loss(
@@ -220,7 +221,9 @@ def _relative_error(stage: Stage, student: nn.Module, store: Store, device: torc
     target = stage.target[: len(few)]
     error = float(unit_error(stage.unit, output, target))
     store.free(output)
-    return error if stage.unit.is_head else error / _variance(stage)
+    error = error if stage.unit.is_head else error / _variance(stage)
+    # All processes have to make the same choice.
+    return float(processes.average([torch.tensor(error, dtype=torch.float64)])[0])
 
 
 def _variance(stage: Stage) -> float:
