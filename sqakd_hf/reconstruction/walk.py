@@ -84,8 +84,6 @@ class Stage:
     inputs: UnitInputs
     teacher_inputs: UnitInputs
     target: torch.Tensor
-    # What the student's puts out; whoever knows it, as it is in the end, spares a forward.
-    output: torch.Tensor | None = None
 
 
 def walk(
@@ -103,11 +101,9 @@ def walk(
     stage: Stage | None = None
     for unit in units:
         if stage is not None and unit.follows:
-            output = stage.output
-            if output is None:
-                output = run_unit(stage.unit, student, stage.inputs, store, device)
+            output = run_unit(stage.unit, student, stage.inputs, store, device)
             inputs, teacher_inputs = UnitInputs([output]), UnitInputs([stage.target])
-            _free(store, stage, kept=(output, stage.target))
+            _free(store, stage, kept=stage.target)
         else:
             if stage is not None:
                 _free(store, stage)
@@ -124,8 +120,10 @@ def walk(
         _free(store, stage)
 
 
-def _free(store: Store, stage: Stage, kept: Sequence[torch.Tensor] = ()) -> None:
-    tensors = [*stage.inputs.columns, *stage.teacher_inputs.columns, stage.target, stage.output]
-    for tensor in tensors:
-        if tensor is not None and not any(tensor is other for other in kept):
+def _free(store: Store, stage: Stage, kept: torch.Tensor | None = None) -> None:
+    """Let go of a stage's tensors but one, whoever still holds the stage."""
+    for tensor in (*stage.inputs.columns, *stage.teacher_inputs.columns, stage.target):
+        if tensor is not kept:
             store.free(tensor)
+    stage.inputs = stage.teacher_inputs = UnitInputs([])
+    stage.target = torch.empty(0)
