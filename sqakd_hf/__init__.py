@@ -4,7 +4,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import research as _research  # noqa: F401  registers its quantizers, and its extensions of a training
-from .conversion.calibration import calibrate_model
 from .conversion.config import QuantizationConfig
 from .conversion.convert import quantize_model
 from .conversion.plan import LayerPlan, QuantizationPlan
@@ -16,6 +15,7 @@ from .hub.hf_quantizer import SQAKDHfQuantizer
 from .layers.quantized_layer import QuantizedLayer, register_quantized_layer
 from .quantization.functional import fake_quantize
 from .quantization.quantizers import FakeQuantizer, create_quantizer, list_quantizers, register_quantizer
+from .reconstruction import Reconstruction, UnitResult, calibrate_model, reconstruct_model
 
 
 if TYPE_CHECKING:
@@ -57,12 +57,14 @@ __all__ = [
     "QuantizationConfig",
     "QuantizationPlan",
     "QuantizedLayer",
+    "Reconstruction",
     "SQAKDHfQuantizer",
     "SQAKDTrainer",
     "SQAKDTrainingArguments",
     "TeacherAgreement",
     "TeacherDivergence",
     "TopKAccuracy",
+    "UnitResult",
     "WeightsNotFoundError",
     "build_model",
     "calibrate_model",
@@ -80,6 +82,7 @@ __all__ = [
     "plan_quantization",
     "quantize_model",
     "quantized_layers",
+    "reconstruct_model",
     "register_quantized_layer",
     "register_quantizer",
     "split_holdout",

@@ -22,6 +22,7 @@ ORDER = [
     "layers",
     "outputs",
     "conversion",
+    "reconstruction",
     "reporting",
     "hub",
     "export | distillation",

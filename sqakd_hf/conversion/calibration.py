@@ -141,7 +141,7 @@ def _set_activation_ranges(
 ) -> list[str]:
     """Set the range of each activation quantizer while `feed` runs the model; return what never changed."""
     calibrators = [
-        _RangeAverage(_what(model, name), module)
+        RangeAverage(range_site(name), module)
         for name, module in model.named_modules()
         if isinstance(module, FakeQuantizer) and module.role == "activation"
     ]
@@ -168,8 +168,8 @@ def _set_activation_ranges(
     return [calibrator.what for calibrator in calibrators if calibrator.constant]
 
 
-def _what(model: nn.Module, quantizer: str) -> str:
-    """Name what the quantizer of that name quantizes."""
+def range_site(quantizer: str) -> str:
+    """Name, for a message, what the quantizer of that name quantizes."""
     owner, _, kind = quantizer.rpartition(".")
     if kind == "input_quantizer":
         return f"the input of layer {owner!r}"
@@ -178,7 +178,7 @@ def _what(model: nn.Module, quantizer: str) -> str:
     return f"the {kind.removesuffix('_quantizer')} of attention {owner.rpartition('.')[0]!r}"
 
 
-class _RangeAverage:
+class RangeAverage:
     """Set the range of one activation quantizer while the model runs: the mean of `init_range` over the calls."""
 
     def __init__(self, what: str, quantizer: FakeQuantizer):
@@ -186,7 +186,7 @@ class _RangeAverage:
         self.constant = True
         self.averaged = 0
 
-    def __enter__(self) -> "_RangeAverage":
+    def __enter__(self) -> "RangeAverage":
         self.handle = self.quantizer.register_forward_pre_hook(self.observe)
         if self.quantizer.signed_is_open:
             self.quantizer.signed = False

@@ -188,7 +188,8 @@ def _replace(parents: Iterable[nn.Module], twins: Mapping[nn.Module, nn.Module])
 
 def _activation_quantizer(plan: LayerPlan) -> FakeQuantizer:
     bits = plan.activation_bits
-    quantizer = create_quantizer(plan.quantizer, bits=bits, role="activation", signed=None, **_options(plan))
+    name = plan.activation_quantizer or plan.quantizer
+    quantizer = create_quantizer(name, bits=bits, role="activation", signed=None, **_options(plan))
     if plan.reads_images:
         # The methods' own ways are made for what layers put out; pixels end where they end.
         quantizer.searched_bits = (*range(1, FEW_BITS + 1), *quantizer.searched_bits)

@@ -25,7 +25,8 @@ class LayerPlan:
     multiply-accumulates for one image, `None` where the model did not run on an example. `bypassed` layers are those
     whose weight their parent module applies itself. `reads_images` layers meet the image before any other layer does.
     `fused` is how a module of timm's that knows two ways computed attention: by one function, which scales after the
-    product, or in steps, with a query that is scaled; `None` elsewhere.
+    product, or in steps, with a query that is scaled; `None` elsewhere. `activation_quantizer` is that of activations
+    where it is not `quantizer`.
 
     A module that computes attention has a line too: no weights, and in `activation_bits` those of its operands. So has
     a module whose output is added by a residual connection: in `activation_bits` those of that output.
@@ -46,6 +47,7 @@ class LayerPlan:
     bypassed: bool = False
     reads_images: bool = False
     fused: bool | None = None
+    activation_quantizer: str | None = None
 
     @property
     def learns_input_range(self) -> bool:

@@ -15,6 +15,8 @@ from .trace import trace_model
 from .watcher import Trace
 
 
+# What the line of a module that has activations alone takes of a layer's options.
+_OF_ACTIVATIONS = ("quantizer", "activation_quantizer", "integer_zero_point", "quantizer_kwargs")
 # Packages whose layers are quantized already.
 _OTHER_TOOLS = ("torch.ao.", "torchao.", "bitsandbytes.", "optimum.quanto.", "hqq.", "gptqmodel.", "awq.", "brevitas.")
 
@@ -206,6 +208,8 @@ def _plan_layer(
     if reason is not None:
         return LayerPlan(**base, skipped=reason)
     options = config.layer_options()
+    if _is_depthwise(module):
+        options |= config.depthwise_options()
     if is_edge and config.first_last_bits is not None:
         options["weight_bits"] = config.first_last_bits
         if options["activation_bits"] is not None:
@@ -220,6 +224,12 @@ def _plan_layer(
         reads_images=trace is not None and name in trace.first,
         **{key: options[key] for key in LAYER_FIELDS},
     )
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    """Tell whether a convolution has one filter for each channel."""
+    groups = getattr(module, "groups", 1)
+    return isinstance(groups, int) and 1 < groups == getattr(module, "in_channels", None)
 
 
 def _plan_attention(
@@ -242,7 +252,7 @@ def _plan_attention(
         **base,
         activation_bits=options["attention_bits"],
         fused=getattr(module, "fused_attn", None),
-        **{key: options[key] for key in ("quantizer", "integer_zero_point", "quantizer_kwargs")},
+        **{key: options[key] for key in _OF_ACTIVATIONS},
     )
 
 
@@ -255,7 +265,7 @@ def _plan_residual(name: str, layer_type: str, config: QuantizationConfig, reaso
     return LayerPlan(
         **base,
         activation_bits=config.residual_bits,
-        **{key: options[key] for key in ("quantizer", "integer_zero_point", "quantizer_kwargs")},
+        **{key: options[key] for key in _OF_ACTIVATIONS},
     )
 
 

@@ -132,3 +132,11 @@ def is_calibrated(model: nn.Module) -> bool:
 def batch_norms(model: nn.Module) -> list[nn.Module]:
     """Return the BatchNorm layers of `model`."""
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of a model's parameters by name, without those of quantizers."""
+    own = {
+        id(tensor) for module in model.modules() if isinstance(module, FakeQuantizer) for tensor in module.parameters()
+    }
+    return {name: tensor.shape for name, tensor in model.named_parameters() if id(tensor) not in own}

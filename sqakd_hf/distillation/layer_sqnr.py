@@ -6,11 +6,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from ..conversion.student import quantized_layers
+from ..conversion.student import parameter_shapes, quantized_layers
 from ..conversion.trace import evaluating
 from ..outputs.forward import run_model
 from ..quantization.functional import widest_float
-from .teacher import parameter_shapes
 
 
 @torch.no_grad()

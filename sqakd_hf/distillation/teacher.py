@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..conversion.student import parameter_shapes
 from ..errors import InputError
 from ..outputs.forward import Prediction, predict, unwrapped
-from ..quantization.quantizers import FakeQuantizer
 from .losses import mean_teacher_logits
 
 
@@ -98,11 +98,3 @@ class Teacher:
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
-
-
-def parameter_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """Return the shapes of a model's parameters by name, without those of quantizers."""
-    own = {
-        id(tensor) for module in model.modules() if isinstance(module, FakeQuantizer) for tensor in module.parameters()
-    }
-    return {name: tensor.shape for name, tensor in model.named_parameters() if id(tensor) not in own}

@@ -23,7 +23,7 @@ from ..quantization.packing import checksum, packed_row_bytes
 FORMATS = ("packed", "latent")
 _ENTRY_FIELDS = {f.name for f in fields(LayerPlan)} - {"name", "num_weights"} | {"weight_shape"}
 # What the first files of this format do not say yet.
-_LATER_FIELDS = {"macs": None, "bypassed": False, "reads_images": False, "fused": None}
+_LATER_FIELDS = {"macs": None, "bypassed": False, "reads_images": False, "fused": None, "activation_quantizer": None}
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def _check_entry(entry: Any, where: str, names: set[str]) -> None:
         if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
             raise InputError(f"{where}.weight_shape must be a list of positive integers, got {shape!r}.")
     if entry["skipped"] is None:
-        options = {key: entry[key] for key in LAYER_FIELDS}
+        options = {key: {**_LATER_FIELDS, **entry}[key] for key in LAYER_FIELDS}
         if "weight_shape" not in names:
             check_bits(options["activation_bits"], f"{where}.activation_bits")
             options["weight_bits"] = options["activation_bits"]  # there is no weight

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TABLES = (
     "Student's step, tiny ResNet 16 px, batch 2",
     "Student's step, tiny ViT 32 px, batch 2",

@@ -157,8 +157,8 @@ class TestOverrides:
     )
     def test_an_unknown_option_is_named_with_close_ones(self, key, close):
         message = error_of(overrides={"fc": {key: 4}})
-        accepted = "quantizer, weight_bits, activation_bits, per_channel, integer_zero_point, quantizer_kwargs"
-        accepted += ", attention_bits"
+        accepted = "quantizer, activation_quantizer, weight_bits, activation_bits, per_channel, integer_zero_point"
+        accepted += ", quantizer_kwargs, attention_bits"
         assert message.startswith(f"overrides['fc'] has the unknown option {key!r}; accepted: {accepted}.")
         assert f"Did you mean {close}" in message if close else message.endswith("attention_bits.")
 

@@ -6,6 +6,7 @@ import timm
 import torch
 from torch import nn
 from torch.nn.utils import prune
+from transformers import AutoModelForImageClassification
 
 from sqakd_hf import (
     InputError,
@@ -16,6 +17,7 @@ from sqakd_hf import (
     calibrate_model,
     plan_quantization,
     quantize_model,
+    quantized_layers,
 )
 
 
@@ -594,3 +596,77 @@ def test_float_bytes_are_those_of_all_weights():
     lines = tuple(LayerPlan(name, "Linear", count, "lsq", 2, 2) for name, count in (("a", 10), ("b", 100)))
     plan = QuantizationPlan(lines, others=(LayerPlan("gru", "GRU", 1000, skipped="no quantized form"),))
     assert plan.float_bytes() == 4 * 1110 > plan.weight_bytes() > 4 * 1000
+
+
+class TestDepthwise:
+    """A depthwise convolution between two others, and a head."""
+
+    @staticmethod
+    def bits(**options):
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 3),
+            nn.Conv2d(4, 4, 1),
+            nn.Conv2d(4, 8, 3, groups=4),
+            nn.Conv2d(8, 8, 1, groups=2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 5),
+        )
+        return [
+            (line.weight_bits, line.activation_bits)
+            for line in plan_quantization(model, QuantizationConfig(**options))
+        ]
+
+    @pytest.mark.parametrize(
+        ("options", "depthwise"),
+        [
+            ({"weight_bits": 4, "activation_bits": 4}, (8, 8)),
+            ({"weight_bits": 2, "activation_bits": 6}, (8, 6)),
+            ({"weight_bits": 4, "activation_bits": None}, (8, None)),
+            ({"weight_bits": 5, "activation_bits": 5}, (5, 5)),
+            ({"weight_bits": 4, "activation_bits": 4, "depthwise_bits": None}, (4, 4)),
+            ({"weight_bits": 4, "activation_bits": 4, "depthwise_bits": 6}, (6, 6)),
+            ({"weight_bits": 4, "activation_bits": 4, "overrides": {"2": {"weight_bits": 3}}}, (3, 8)),
+        ],
+    )
+    def test_have_bits_of_their_own(self, options, depthwise):
+        asked = (options["weight_bits"], options["activation_bits"])
+        edge = (8, asked[1] and 8)
+        assert self.bits(**options) == [edge, asked, depthwise, asked, edge]
+
+    def test_a_config_of_before_treats_them_as_the_others(self):
+        stored = QuantizationConfig(weight_bits=4).to_dict()
+        del stored["depthwise_bits"]
+        assert QuantizationConfig.from_dict(stored).depthwise_bits is None
+        assert QuantizationConfig.from_dict({"weight_bits": 4}).depthwise_bits == "auto"
+
+    @pytest.mark.parametrize("value", [0, 9, "all", True, 2.5])
+    def test_other_values_are_refused(self, value):
+        with pytest.raises(InputError, match="depthwise_bits"):
+            QuantizationConfig(depthwise_bits=value)
+
+
+class TestActivationQuantizer:
+    def test_is_that_of_inputs_alone(self, conv_net):
+        config = QuantizationConfig(
+            "lsq", activation_quantizer="lsq+", overrides={"head": {"activation_quantizer": "ewgs"}}
+        )
+        quantize_model(conv_net, config)
+        layers = quantized_layers(conv_net)
+        kinds = {
+            name: (type(q.weight_quantizer).__name__, type(q.input_quantizer).__name__) for name, q in layers.items()
+        }
+        assert kinds.pop("head") == ("LSQ", "EWGS") and set(kinds.values()) == {("LSQ", "LSQPlus")}
+
+    def test_an_unknown_one_is_named(self):
+        with pytest.raises(InputError, match="Unknown activation_quantizer 'lsp'; registered: .* Did you mean 'lsq'"):
+            QuantizationConfig(activation_quantizer="lsp")
+
+    def test_of_a_stored_student_comes_back(self, vit, images, tmp_path):
+        quantize_model(vit, QuantizationConfig(weight_bits=4, activation_bits=4, activation_quantizer="lsq+"))
+        calibrate_model(vit, [images], disable_progress=True)
+        vit.save_pretrained(tmp_path)
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+        assert {type(q.input_quantizer).__name__ for q in quantized_layers(loaded).values()} == {"LSQPlus"}
+        with torch.no_grad():
+            assert torch.equal(vit.eval()(images).logits, loaded.eval()(images).logits)
