@@ -20,6 +20,9 @@ from sqakd_hf import QuantizationConfig, SQAKDTrainer, SQAKDTrainingArguments
 from tests.helpers.models import TinyConvNet, tiny_vit
 
 
+pytestmark = pytest.mark.fuzz
+
+
 FUZZ = settings(
     max_examples=25,
     deadline=None,

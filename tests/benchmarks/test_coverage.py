@@ -7,6 +7,9 @@ import pytest
 from tests.helpers.paths import ROOT
 
 
+pytestmark = pytest.mark.process
+
+
 PATH = ROOT / "benchmarks" / "coverage.py"
 spec = importlib.util.spec_from_file_location("coverage_benchmark", PATH)
 coverage = importlib.util.module_from_spec(spec)

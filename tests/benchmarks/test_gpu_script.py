@@ -10,6 +10,9 @@ import pytest
 import torch
 
 
+pytestmark = pytest.mark.process
+
+
 ROOT = Path(__file__).parents[2]
 TABLES = (
     "Student's step, tiny ResNet 16 px, batch 2",

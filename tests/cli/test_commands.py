@@ -19,6 +19,9 @@ from sqakd_hf.data import dataset as data_module
 from tests.helpers.models import tiny_vit
 
 
+pytestmark = pytest.mark.process
+
+
 @pytest.fixture(scope="module", params=["timm", "native"])
 def distilled(request, tmp_path_factory):
     """The folder of a student that `sqakd distill` made of digits, of timm's kind or transformers'."""

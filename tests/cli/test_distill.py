@@ -16,6 +16,9 @@ from tests.helpers.models import tiny_vit
 from tests.helpers.paths import ROOT
 
 
+pytestmark = pytest.mark.process
+
+
 SCRIPT = ROOT / "examples" / "run_sqakd.py"
 QUICK = "--max_steps 2 --max_train_images 60 --max_test_images 30 --use_cpu true --disable_tqdm true"
 

@@ -33,6 +33,9 @@ from sqakd_hf.distillation.checkpoint import is_complete, last_checkpoint
 from tests.helpers.models import CLASSES, tiny_vit
 
 
+pytestmark = pytest.mark.process
+
+
 def timm_resnet():
     return build_model("timm/test_resnet", CLASSES, image_size=32)
 

@@ -15,28 +15,10 @@ from transformers import AutoModelForImageClassification
 from sqakd_hf import QuantizationConfig, quantize_model
 from sqakd_hf.distillation.checkpoint import last_checkpoint
 from tests.helpers.models import IMAGE_SIZE, TinyConvNet, tiny_vit
+from tests.helpers.processes import LAUNCHER, launch, run
 
 
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-
-
-def launch(script, folder, processes, **options):
-    folder.mkdir()
-    launcher = [*LAUNCHER, str(processes)] if processes > 1 else [sys.executable]
-    return subprocess.run(
-        [*launcher, "-m", script, str(folder), json.dumps(options)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-
-
-def run(folder, processes, **options):
-    """Run tests/helpers/distributed_run.py; return what each process left."""
-    done = launch("tests.helpers.distributed_run", folder, processes, **{"steps": 20, **options})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
+pytestmark = pytest.mark.process
 
 
 def assert_same_bits(one, other):

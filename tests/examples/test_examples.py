@@ -4,7 +4,12 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from tests.helpers.paths import ROOT
+
+
+pytestmark = pytest.mark.process
 
 
 EXAMPLES = ROOT / "examples"

@@ -11,6 +11,9 @@ from sqakd_hf import InputError, build_model
 from tests.helpers.paths import ROOT
 
 
+pytestmark = pytest.mark.process
+
+
 SCRIPT = ROOT / "examples" / "paper" / "run.py"
 RECIPES = sorted(SCRIPT.parent.glob("recipes/*.json"))
 QUICK = (

@@ -22,6 +22,9 @@ from sqakd_hf.hub.model_preprocessing import preprocessing
 from sqakd_hf.reporting.html_report import html_report
 
 
+pytestmark = pytest.mark.export
+
+
 SIZE = 32
 
 

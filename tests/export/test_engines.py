@@ -21,6 +21,9 @@ from tests.helpers.exporting import noise, optimised, student_of
 from tests.helpers.models import TinyConvNet, tiny_vit
 
 
+pytestmark = pytest.mark.export
+
+
 # Side of the images, configuration, and how it is exported.
 MODELS = {
     "test_resnet": (32, {}, {}),

@@ -33,6 +33,9 @@ from tests.helpers.exporting import detector, noise, optimised, student_of
 from tests.helpers.models import IMAGE_SIZE, TinyConvNet, tiny_vit
 
 
+pytestmark = pytest.mark.export
+
+
 class EveryQuantizer(nn.Module):
     """A convolution with BatchNorm and a linear layer for each registered quantizer, one after the other."""
 

@@ -13,6 +13,9 @@ from tests.helpers.exporting import detector, noise, student_of
 from tests.helpers.models import TinyConvNet, tiny_vit
 
 
+pytestmark = pytest.mark.export
+
+
 def network():
     torch.manual_seed(0)
     return build_model("timm/test_resnet", num_labels=7, image_size=32)

@@ -26,6 +26,9 @@ from sqakd_hf.quantization.packing import checksum
 from tests.helpers.models import tiny_vit
 
 
+pytestmark = pytest.mark.fuzz
+
+
 EXAMPLES = int(os.environ.get("SQAKD_FUZZ_EXAMPLES", "100"))
 fuzz = settings(
     max_examples=EXAMPLES,

@@ -9,6 +9,9 @@ from sqakd_hf import InputError, QuantizationConfig, build_model, calibrate_mode
 from sqakd_hf.hub import paper_networks
 
 
+pytestmark = pytest.mark.process
+
+
 # CIFAR forms: He et al., table 6 (0.27 M, 0.46 M), and the counts of Contrastive Representation Distillation's code
 # for VGG; ImageNet forms: torchvision's documentation.
 PARAMETERS = {

@@ -20,6 +20,9 @@ from sqakd_hf import (
 from tests.helpers.models import CLASSES, tiny_vit
 
 
+pytestmark = pytest.mark.process
+
+
 def native(name, auto_class=AutoModelForImageClassification, **options):
     def build():
         config = getattr(transformers, f"{name}Config")(num_labels=CLASSES, **options)

@@ -14,6 +14,9 @@ from safetensors.torch import load
 from tests.helpers.hub_server import TOKEN, HubServer
 
 
+pytestmark = pytest.mark.process
+
+
 PREPARE = """
 import os, sys, torch
 from pathlib import Path
