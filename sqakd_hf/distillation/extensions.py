@@ -98,3 +98,17 @@ def register_extension(cls: Class) -> Class:
 def registered_extensions() -> tuple[type[Extension], ...]:
     """Return all registered classes, in the order of registration."""
     return tuple(_REGISTERED)
+
+
+def requested_extensions(trainer: "SQAKDTrainer") -> list[Extension]:
+    """Return one of each that the trainer's arguments ask for."""
+    return [cls(trainer) for cls in _REGISTERED if cls.is_asked_for(trainer.args)]
+
+
+def load_extensions(extensions: list[Extension], checkpoint: str | None) -> None:
+    """Let a training's extensions go on from a checkpoint, or begin; those that it leaves out say what is lost."""
+    for extension in extensions:
+        extension.load(checkpoint)
+    if checkpoint is not None:
+        for cls in set(_REGISTERED) - set(map(type, extensions)):
+            cls.leave(checkpoint)

@@ -1,8 +1,6 @@
 """`SQAKDTrainer`: transformers' Trainer whose loss is the KL divergence of student and teacher."""
 
 import contextlib
-import copy
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,11 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from .._compat import checkpoint_folder, compile_options, forget_preparation, is_sharded, keep_parameters_float32
 from ..conversion.calibration import calibrate_model
 from ..conversion.convert import require_float32_latents
-from ..conversion.student import (
-    batch_norms,
-    is_calibrated,
-    require_planned_layers,
-)
+from ..conversion.student import batch_norms, is_calibrated, require_planned_layers
 from ..data.collator import LOGITS, ImageCollator
 from ..data.reproducible import own_random_numbers
 from ..data.sampling import sample_batches
@@ -35,27 +29,24 @@ from .best_student import BestStudent
 from .callbacks import StepCallback
 from .checkpoint import discard_state, is_complete, last_checkpoint
 from .evaluation import EvaluationSums, RunningMean, agreement
-from .extensions import Extension, registered_extensions
+from .extensions import Extension, load_extensions, requested_extensions
 from .interrupt import InterruptCallback
 from .last_batch import check_last_batch
-from .layer_sqnr import layer_sqnr
 from .losses import box_loss, distillation_loss
 from .measurements import Measurements
+from .measuring import MeasuringMixin
 from .nan_diagnostics import FiniteWatch
 from .pairing import require_student
 from .parameter_groups import ranges_of, set_aside, warn_of_missing
 from .processes import follow_first_process
-from .publishing import PublishingMixin, save_arguments, save_student, warn_of_harm
+from .publishing import PublishingMixin, save_arguments, save_student
 from .teacher import Teacher, teacher_dtype
 from .training_args import SQAKDTrainingArguments
 from .training_images import TrainingImages
 from .trials import TrialsMixin
 
 
-logger = logging.getLogger(__name__)
-
-
-class SQAKDTrainer(PublishingMixin, TrialsMixin, Trainer):
+class SQAKDTrainer(MeasuringMixin, PublishingMixin, TrialsMixin, Trainer):
     """Distil a quantized student from its full-precision teacher, on images without labels.
 
     The loss is [`distillation_loss`] of the two models' logits on the same batch and nothing else (unless
@@ -179,11 +170,6 @@ class SQAKDTrainer(PublishingMixin, TrialsMixin, Trainer):
         self.best.after_training()
         return output
 
-    @property
-    def kept_calibrated(self) -> bool:
-        """Whether training ended with the student as it was before its first step, which no later one surpassed."""
-        return self.best.is_calibrated
-
     def _get_ready(self) -> None:
         """Let the student and what goes with it begin a training."""
         require_planned_layers(self.model)
@@ -191,17 +177,13 @@ class SQAKDTrainer(PublishingMixin, TrialsMixin, Trainer):
         if self._checkpoint is None and not is_calibrated(self.model):
             self.calibrate()
         self.model.train()  # a student loaded from codes becomes latent before it is spread over devices
-        self.extensions = [cls(self) for cls in registered_extensions() if cls.is_asked_for(self.args)]
+        self.extensions = requested_extensions(self)
         self._check_options()
         if self._checkpoint is None:
             self.measurements.begin_training()
         self.best.warn_if_not_chosen()
         self._agreement = RunningMean()
-        for extension in self.extensions:
-            extension.load(self._checkpoint)
-        for cls in registered_extensions() if self._checkpoint else ():
-            if not cls.is_asked_for(self.args):
-                cls.leave(self._checkpoint)
+        load_extensions(self.extensions, self._checkpoint)
         self._shared_weights = SharedWeights(self.model)
         if self.model_wrapped is self.model:
             forget_preparation(self.model)
@@ -239,49 +221,6 @@ class SQAKDTrainer(PublishingMixin, TrialsMixin, Trainer):
         )
         follow_first_process(self.model, self.args.world_size)
         self._calibrated = True
-
-    @property
-    def results(self) -> dict[str, dict[str, Any]]:
-        """What was measured on the images evaluated last: teacher, student, and the student before its first step."""
-        return self.measurements.last.rows if self.measurements.last else {}
-
-    @property
-    def _step_of_student(self) -> int | None:
-        """The step of the training that the student is of, 0 before the first; `None` where nothing was trained."""
-        if not self.is_in_train and self.best.step is not None:
-            return self.best.step
-        return self.state.global_step if self.is_in_train or self.state.global_step or self._calibrated else None
-
-    @property
-    def _measured_as(self) -> str:
-        """What the student is: `"calibrated"`, before its first step, or a trained `"student"`."""
-        before = self._calibrated or self.is_in_train
-        return "calibrated" if before and self.state.global_step == 0 else "student"
-
-    def measure_layers(self, images: int = 64) -> dict[str, float]:
-        """Return how far each layer's output is from the teacher's, in dB, and keep it for the report.
-
-        See [`~sqakd_hf.distillation.layer_sqnr.layer_sqnr`]. It is empty where the teacher is of another
-        architecture, where there are several, and for a student that is sharded over processes. Images are the same
-        each time, also as they are augmented, and training's random numbers stay what they are.
-
-        Args:
-            images (`int`, *optional*, defaults to 64): So many of the training images, at least 2.
-        """
-        if not is_calibrated(self.model):
-            raise InputError("The student has no ranges yet. Call trainer.calibrate() or trainer.train() first.")
-        if self.train_dataset is None:
-            raise InputError("Layers are measured on training images: pass train_dataset.")
-        if images < 2:
-            raise InputError(f"images must be at least 2, got {images!r}.")
-        if len(self.teacher.models) > 1 or is_sharded(self.model):
-            return {}
-        self._move_model_to_device(self.model, self.args.device)
-        teacher = self.teacher.models[0]
-        if any(parameter.dtype != torch.float32 for parameter in teacher.parameters()):
-            teacher = copy.deepcopy(teacher).float()
-        self.layer_sqnr[self._measured_as] = layer_sqnr(self.model, teacher, self.sample_images(images))
-        return self.layer_sqnr[self._measured_as]
 
     def sample_images(self, total: int, batch: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
         """Yield prepared batches of `total` training images, see [`~sqakd_hf.data.sampling.sample_batches`].
@@ -419,31 +358,6 @@ class SQAKDTrainer(PublishingMixin, TrialsMixin, Trainer):
         super().log(logs, *args, **kwargs)
 
     # --- evaluation ---
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Measure the student, see the class; warn of a trained one that was better before its first step."""
-        metrics = super().evaluate(*args, **kwargs)
-        if not self.is_in_train and self._measured_as == "student" and self.is_world_process_zero():
-            warn_of_harm(self.results)
-        return metrics
-
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """Return the loader of all images: `dataloader_drop_last` is of the training."""
-        with self._last_batch_kept():
-            return super().get_eval_dataloader(*args, **kwargs)
-
-    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """Return the loader of all images: `dataloader_drop_last` is of the training."""
-        with self._last_batch_kept():
-            return super().get_test_dataloader(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def _last_batch_kept(self) -> Iterator[None]:
-        drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            yield
-        finally:
-            self.args.dataloader_drop_last = drops
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Run Trainer's loop and replace its loss by exact means over the images; labels are optional."""

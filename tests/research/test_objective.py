@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers.trainer_pt_utils import LabelSmoother
 
 from sqakd_hf import InputError, QuantizationConfig, SQAKDTrainer, distillation_loss, quantize_model
-from sqakd_hf.distillation.extensions import registered_extensions
+from sqakd_hf.distillation.extensions import requested_extensions
 from sqakd_hf.hub import paper_networks as sqakd_models
 from sqakd_hf.research.features import find_lattice_layer, find_stages
 from sqakd_hf.research.objective import FEATURE_TERMS, TERMS, Features, label_loss, parse_objective
@@ -55,7 +55,7 @@ class TestParsing:
 def gradient_of(trainer, batch):
     """Return loss and gradients of one training batch."""
     trainer.model.zero_grad()
-    trainer.extensions = [cls(trainer) for cls in registered_extensions() if cls.is_asked_for(trainer.args)]
+    trainer.extensions = requested_extensions(trainer)
     trainer.model.train()
     with trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(trainer.model, dict(batch))
