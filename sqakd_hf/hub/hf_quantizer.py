@@ -88,9 +88,9 @@ class SQAKDHfQuantizer(HfQuantizer):
         """Make `model` one that saves and uploads itself by this quantizer."""
         # The name of a folder says nothing to others; a reloaded student knows its base from its own file.
         self.base_model = hub_id(getattr(model.config, "_name_or_path", None))
-        model.config.quantization_config = self.quantization_config
         model.hf_quantizer = self
         model.push_to_hub = functools.partial(_push_to_hub, model)
+        model.config.quantization_config = self.quantization_config  # last: nobody takes it back where this fails
 
     # --- loading ---
 
