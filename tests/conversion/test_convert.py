@@ -104,6 +104,7 @@ def randn(*shape, seed=1):
 
 
 def said_by_conversion(caplog):
+    """What was logged, but for what the watched forward says of models that take no images."""
     modules = [f"sqakd_hf.conversion.{name}" for name in ("convert", "calibration")]
     return [record.getMessage() for record in caplog.records if record.name in modules]
 

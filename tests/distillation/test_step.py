@@ -70,6 +70,7 @@ def _fake(mode, tensor):
     return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
+@pytest.mark.process
 class TestCompiled:
     @pytest.mark.parametrize(
         ("name", "quantizer"), [("conv net", "lsq"), ("conv net", "ewgs"), ("transformers vit", "lsq")]
