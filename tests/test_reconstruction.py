@@ -231,69 +231,6 @@ class TestMatching:
         assert same(one, other) and "Calibrated without comparing student and teacher" in caplog.text
 
 
-class InvertedResidual(nn.Module):
-    """A block with a depthwise convolution."""
-
-    def __init__(self, act):
-        super().__init__()
-        self.expand, self.bn1, self.act = nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16), act()
-        self.depthwise, self.bn2 = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16)
-        self.project, self.bn3 = nn.Conv2d(16, 8, 1, bias=False), nn.BatchNorm2d(8)
-
-    def forward(self, x):
-        y = self.bn2(self.depthwise(self.act(self.bn1(self.expand(x)))))
-        return x + self.bn3(self.project(y))
-
-
-class Mobile(nn.Module):
-    """Stem, block and head."""
-
-    def __init__(self, act):
-        super().__init__()
-        self.stem, self.block, self.fc = nn.Conv2d(3, 8, 3, padding=1), InvertedResidual(act), nn.Linear(8, CLASSES)
-
-    def forward(self, x):
-        return self.fc(self.block(self.stem(x)).mean((2, 3)))
-
-
-class TestEqualization:
-    def pair(self, act):
-        torch.manual_seed(0)
-        teacher = Mobile(act)
-        with torch.no_grad():
-            teacher.block.bn1.weight.copy_(torch.logspace(-1.5, 0.5, 16))
-            teacher.block.bn1.bias.fill_(0.1)
-        teacher = trained(teacher)
-        return teacher, student_of(teacher, 4, depthwise_bits=None)
-
-    @torch.no_grad()
-    @pytest.mark.parametrize(("act", "works"), [(nn.ReLU6, True), (nn.ReLU, True), (nn.GELU, False)])
-    def test_leaves_the_float_network_as_it_is(self, act, works, monkeypatch):
-        teacher, student = self.pair(act)
-        images = photographs()
-        calibrate_model(student, images.split(20), teacher=teacher, disable_progress=True)
-        equalized = {"block.bn1.weight", "block.bn1.bias", "block.depthwise.weight"}
-        theirs = dict(teacher.named_parameters())
-        changed = {name for name, value in theirs.items() if not torch.equal(value, student.get_parameter(name))}
-        assert changed - {"stem.bias", "fc.bias"} == (equalized if works else set())
-        for name, value in teacher.state_dict().items():  # what was matched to the quantized inputs
-            if name not in equalized:
-                student.state_dict()[name].copy_(value)
-        monkeypatch.setattr(FakeQuantizer, "forward", lambda self, x: x)
-        torch.testing.assert_close(student.eval()(images), teacher(images), rtol=1e-5, atol=1e-5)
-
-    @torch.no_grad()
-    def test_lets_small_channels_have_more_values(self, monkeypatch):
-        teacher, student = self.pair(nn.ReLU6)
-        other = copy.deepcopy(student)
-        images = photographs()
-        calibrate_model(student, [images], teacher=teacher, disable_progress=True)
-        monkeypatch.setattr("sqakd_hf.reconstruction.calibration.equalize_unit", lambda *_: [])
-        calibrate_model(other, [images], teacher=teacher, disable_progress=True)
-        errors = [(model.eval()(images) - teacher(images)).square().mean() for model in (student, other)]
-        assert errors[0] < errors[1]
-
-
 class TestReconstruction:
     def test_lowers_the_error_of_each_unit_or_leaves_it(self):
         teacher = resnet()

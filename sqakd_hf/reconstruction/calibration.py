@@ -13,7 +13,6 @@ from ..quantizers import FakeQuantizer
 from . import processes
 from .batch_norm import ChannelStatistics, match_statistics, tracks_statistics
 from .bias import correct_bias
-from .equalization import equalize_unit
 from .inputs import Reached, UnitInputs, run_for_hooks
 from .state import UnitState, refresh_quantizers
 from .units import Unit
@@ -53,7 +52,6 @@ def calibrate_unit(
 
     Of several processes the first sets ranges, and all share their statistics.
     """
-    equalize_unit(unit, student, inputs.first(STATISTICS_IMAGES // 4), device)
     for name in unit.layers:
         layer = student.get_submodule(name)
         with _least_error(layer.weight_quantizer):
