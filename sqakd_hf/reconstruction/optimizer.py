@@ -83,20 +83,27 @@ def weight_step(layer: QuantizedLayer) -> torch.Tensor:
 
 
 def _rated_range(quantizer: FakeQuantizer) -> dict[torch.Tensor, torch.Tensor]:
-    """Return rates by which the farther end of the range moves `RANGE_RATE` of its width."""
+    """Return rates by which the farther end of the range moves `RANGE_RATE` of its width.
+
+    The lower end of an input that is never negative stays at zero: to leave it would cost a code.
+    """
     tensors = [tensor for tensor in quantizer.parameters(recurse=False) if tensor.requires_grad]
     if not tensors:
         return {}
     with torch.enable_grad():
         ends = quantizer.clip_range()
         width = (ends[1] - ends[0]).detach()
-        slopes = [
-            torch.autograd.grad(end.sum(), tensors, retain_graph=True, allow_unused=True)
-            for end in ends
-            if end.requires_grad  # PACT's lower end is zero
-        ]
+        slopes = [_slopes(end, tensors) for end in ends]
     rates = {}
-    for tensor, *found in zip(tensors, *slopes, strict=True):
-        slope = torch.stack([torch.zeros_like(tensor) if x is None else x.abs() for x in found]).amax(0)
-        rates[tensor] = RANGE_RATE * width / slope.clamp(min=1e-6)
+    for tensor, of_lower, of_upper in zip(tensors, *slopes, strict=True):
+        if quantizer.signed or not bool(of_lower.any()):
+            rates[tensor] = RANGE_RATE * width / torch.maximum(of_lower, of_upper).clamp(min=1e-6)
     return rates
+
+
+def _slopes(end: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return how far an end of a range moves with each of its tensors."""
+    if not end.requires_grad:  # PACT's lower end is zero
+        return [torch.zeros_like(tensor) for tensor in tensors]
+    found = torch.autograd.grad(end.sum(), tensors, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(x) if slope is None else slope.abs() for slope, x in zip(found, tensors, strict=True)]

@@ -12,6 +12,7 @@ from sqakd_hf import (
     InputError,
     QuantizationConfig,
     calibrate_model,
+    create_quantizer,
     is_calibrated,
     quantize_model,
     quantized_layers,
@@ -20,7 +21,7 @@ from sqakd_hf import (
 from sqakd_hf.reconstruction import state as state_module
 from sqakd_hf.reconstruction.batch_norm import ChannelStatistics, match_statistics
 from sqakd_hf.reconstruction.inputs import UnitInputs
-from sqakd_hf.reconstruction.optimizer import RatedAdam
+from sqakd_hf.reconstruction.optimizer import RANGE_RATE, RatedAdam, rated_parameters
 from sqakd_hf.reconstruction.training import settle_weights
 from sqakd_hf.reconstruction.units import find_units
 from sqakd_hf.reconstruction.windows import SIDE, find_window
@@ -413,6 +414,18 @@ def test_adam_moves_each_parameter_at_its_own_rate():
         own.step(gradients, 1.0)
     for parameter, rate, expected in zip(parameters, rates, plain, strict=True):
         torch.testing.assert_close(parameter, expected.detach() * rate)
+
+
+@pytest.mark.parametrize(("quantizer", "learned"), [("lsq", ["scale"]), ("lsq+", ["scale"]), ("ewgs", ["upper"])])
+def test_an_input_that_is_never_negative_keeps_its_lower_end(quantizer, learned):
+    for signed in (True, False):
+        module = create_quantizer(quantizer, bits=4, role="activation", signed=signed)
+        module.init_range(torch.linspace(-0.5 if signed else 0, 2, 100))
+        rates = dict(rated_parameters([module]))
+        found = [name for name, tensor in module.named_parameters() if tensor in rates]
+        assert found == (list(dict(module.named_parameters())) if signed else learned)
+        lower, upper = (float(end) for end in module.clip_range())
+        assert all(0 < float(rate) <= 1.0001 * RANGE_RATE * (upper - lower) for rate in rates.values())
 
 
 class TestBadInput:
