@@ -148,7 +148,9 @@ def main() -> None:
     for bits in options.bits:
         for seed in options.seeds:
             student = copy.deepcopy(teacher)
-            quantize_model(student, QuantizationConfig("lsq", weight_bits=bits, activation_bits=bits))
+            quantize_model(
+                student, QuantizationConfig("lsq", weight_bits=bits, activation_bits=bits, depthwise_bits=None)
+            )
             args = SQAKDTrainingArguments(
                 output_dir="outputs/efficientnet_lite0",
                 num_train_epochs=1,

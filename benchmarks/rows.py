@@ -172,6 +172,7 @@ class Rows:
             config = QuantizationConfig(
                 row.quantizer,
                 weight_bits=row.bits,
+                depthwise_bits=None,  # as in the papers, and when the first rows were measured
                 activation_bits=row.bits,
                 first_last_bits=row.first_last_bits,
                 quantizer_kwargs=json.loads(row.quantizer_kwargs),

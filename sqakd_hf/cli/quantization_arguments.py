@@ -28,6 +28,13 @@ class QuantizationArguments:
         default="none",
         metadata={"help": "1 to 8 for what residual connections of convolutions add, or none for float"},
     )
+    depthwise_bits: str = field(
+        default="auto",
+        metadata={"help": "1 to 8 for depthwise convolutions, auto for 8 where 4 or fewer were asked, or none"},
+    )
+    activation_quantizer: str = field(
+        default="none", metadata={"help": "another quantizer for activations, such as lsq+, or none"}
+    )
     per_channel: bool = field(default=True, metadata={"help": "one weight range per output channel"})
     integer_zero_point: bool = field(default=True, metadata={"help": "keep zero exactly on the activations' grid"})
     overrides: str = field(default="{}", metadata={"help": 'JSON: {"layer4": {"weight_bits": 4}}'})
@@ -37,7 +44,8 @@ class QuantizationArguments:
     def to_config(self) -> QuantizationConfig:
         """Return the configuration that the arguments describe."""
         options = asdict(self)
-        for name in ("weight_bits", "activation_bits", "first_last_bits", "attention_bits", "residual_bits"):
+        names = [name for name in options if name.endswith("_bits")]
+        for name in (*names, "activation_quantizer"):
             text = options[name]
             options[name] = None if text.lower() == "none" else int(text) if text.isdecimal() else text
         for name in ("overrides", "quantizer_kwargs"):
