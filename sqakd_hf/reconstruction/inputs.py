@@ -144,7 +144,7 @@ def take_inputs(
     start = 0
 
     def take(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        found = unit.arguments.columns_of(args, kwargs)
+        found = unit.arguments.columns_of(args, kwargs, len(batch["pixel_values"]))
         if not columns:
             columns.extend(store.allocate(count, rows) for rows in found)
         for column, rows in zip(columns, found, strict=True):

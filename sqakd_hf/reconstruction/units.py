@@ -50,10 +50,22 @@ class Arguments:
                 leaf, self.count = _Slot(self.count), self.count + 1
             self._leaves.append(leaf)
 
-    def columns_of(self, args: tuple, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-        """Return the tensors that differ by image among the arguments of another call."""
-        leaves = pytree.tree_leaves((args, dict(kwargs)))
-        return [leaf for leaf, kept in zip(leaves, self._leaves, strict=True) if isinstance(kept, _Slot)]
+    def columns_of(self, args: tuple, kwargs: Mapping[str, Any], images: int) -> list[torch.Tensor]:
+        """Return the tensors that differ by image among the arguments of another call, on so many images.
+
+        Another model of the same architecture may pass switches besides, as its config says: training sets
+        `use_cache=False` in that of a transformers model.
+        """
+        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+        if spec == self._spec:
+            return [leaf for leaf, kept in zip(leaves, self._leaves, strict=True) if isinstance(kept, _Slot)]
+        found = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.shape[:1] == (images,)]
+        if len(found) != self.count:
+            raise InputError(
+                f"Student and teacher call a module with {len(found)} and {self.count} tensors of each image: they "
+                "can't be compared unit by unit. Take the teacher that the student was made of, configured alike."
+            )
+        return found
 
     def with_columns(self, columns: Sequence[torch.Tensor]) -> tuple[tuple, dict[str, Any]]:
         """Return `(args, kwargs)` with these tensors in their place."""

@@ -176,6 +176,19 @@ class TestMatching:
         after = {**dict(student.named_buffers()), **dict(student.named_parameters())}
         assert all(torch.equal(value, after[name]) for name, value in before.items())
 
+    def test_a_student_that_was_configured_for_training_has_the_same_units(self):
+        states = []
+        for configured in (False, True):
+            torch.manual_seed(0)
+            teacher = tiny_vit().eval()
+            student = student_of(teacher, attention_bits=3)
+            if configured:
+                student.config.use_cache = False  # as Trainer does
+            images = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+            calibrate_model(student, images.split(16), teacher=teacher, disable_progress=True)
+            states.append(student.state_dict())
+        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
     def test_follows_the_formula(self):
         norm, teacher_norm = nn.BatchNorm2d(2), nn.BatchNorm2d(2)
         teacher_norm.running_mean.copy_(torch.tensor([1.0, -2.0]))
