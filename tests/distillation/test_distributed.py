@@ -49,7 +49,8 @@ def test_twenty_steps_equal_those_of_one_process(vit_runs, name):
         moved += not torch.equal(tensor, expected["calibrated"][key])
     assert moved > len(expected["state"]) / 2
     for key in ("eval_loss", "eval_agreement", "eval_accuracy"):
-        assert found["metrics"][key] == pytest.approx(expected["metrics"][key], rel=1e-5, abs=1e-7)
+        # A loss near 0 is T² = 16 times a difference of logarithms in float32, each good to 6e-8.
+        assert found["metrics"][key] == pytest.approx(expected["metrics"][key], rel=1e-5, abs=1e-6)
 
 
 def test_processes_hold_the_same_bits(vit_runs):
