@@ -53,6 +53,7 @@ def pixels(item):
     return np.asarray(PIL.Image.open(io.BytesIO(item["image"]["bytes"])))
 
 
+@pytest.mark.process
 def test_importing_the_modules_does_not_import_datasets():
     modules = "sqakd_hf.data.dataset, sqakd_hf.data.sources, sqakd_hf.data.transforms"
     code = f"import sys, {modules}; assert not {{'datasets', 'torchvision', 'sklearn'}} & set(sys.modules)"

@@ -151,7 +151,16 @@ class TestProducts:
         assert plan.attention[0].skipped == "it multiplies activations without a softmax between"
         assert plan.attention[0].macs == 2 * 784 * 64
 
-    @pytest.mark.parametrize("name", ["test_vit", "swin_tiny_patch4_window7_224", "levit_128s", "crossvit_tiny_240"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "test_vit",
+            *(
+                pytest.param(name, marks=pytest.mark.process)
+                for name in ("swin_tiny_patch4_window7_224", "levit_128s", "crossvit_tiny_240")
+            ),
+        ],
+    )
     def test_each_quantizer_runs_once_a_forward(self, name):
         torch.manual_seed(0)
         model = timm.create_model(name)
@@ -303,6 +312,7 @@ class TestSwitches:
             assert torch.equal(student(IMAGES).logits, expected)
 
 
+@pytest.mark.process
 def test_another_attention_than_was_quantized_is_an_error():
     student, _ = student_of(vit("sdpa"), attention_bits=8)
     student.set_attn_implementation("flex_attention")
@@ -311,6 +321,7 @@ def test_another_attention_than_was_quantized_is_an_error():
         student(IMAGES)
 
 
+@pytest.mark.process
 def test_many_watched_modules_share_the_compiled_kernels():
     from sqakd_hf.quantization import functional
 

@@ -992,6 +992,7 @@ class TestTracing:
             for x in (images, torch.randn(2, 3, 32, 32)):
                 assert torch.equal(traced(x), student(x))
 
+    @pytest.mark.export
     def test_is_what_openvino_reads(self, student):
         openvino = pytest.importorskip("openvino")
         images = torch.randn(4, 3, 32, 32)
