@@ -192,9 +192,11 @@ def build_model(
             if not hasattr(config, key):
                 raise InputError(f"{type(config).__name__} has no field {key!r}.{suggest(key, vars(config))}")
             setattr(config, key, value)
+    random_numbers = torch.get_rng_state()
     try:
         return AutoModelForImageClassification.from_config(config)
     except Exception as error:  # an architecture raises whatever its first failing line does
+        torch.set_rng_state(random_numbers)  # it may have initialised its first layers
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{name!r} can't be built with {model_args or 'these arguments'}: {reason}") from error
 
