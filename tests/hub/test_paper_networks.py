@@ -49,7 +49,7 @@ def test_each_is_trained_packed_and_reloaded(tmp_path, name):
     torch.manual_seed(0)
     size = 32 if "cifar" in name else 64
     model = build_model(f"timm/{name}", 7, image_size=size)
-    plan = quantize_model(model, QuantizationConfig())
+    plan = quantize_model(model, QuantizationConfig(depthwise_bits=None))
     assert not plan.skipped
     ends = [layer.name for layer in plan if layer.weight_bits == 8]
     cfg = timm.models.get_pretrained_cfg(name)
