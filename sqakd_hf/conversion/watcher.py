@@ -93,7 +93,7 @@ class Watcher(TorchFunctionMode):
             self.calls[name] = self.calls.get(name, 0) + 1
             if name in self.layers:
                 self._reach(name, [args, kwargs])
-                for tensor in _tensors([args, kwargs]):
+                for tensor in tensors_in([args, kwargs]):
                     if getattr(tensor, "_sqakd_sum", False):
                         self.added.append(("", list(_returned_by(tensor))))
 
@@ -110,14 +110,14 @@ class Watcher(TorchFunctionMode):
         return hook
 
     def _reach(self, name: str, inputs: Any) -> None:
-        self.reached.setdefault(name, set()).update(*map(_sources, _tensors(inputs)))
+        self.reached.setdefault(name, set()).update(*map(_sources, tensors_in(inputs)))
 
     def _ran(self, name: str, inputs: list[Any], output: Any) -> None:
         cls = quantized_class(self.layers[name])
-        outputs = _tensors(output)
+        outputs = tensors_in(output)
         if outputs:
             count = (cls or QuantizedLayer).count_macs
-            self._add_macs(name, count(weight_of(self.layers[name]), _tensors(inputs), outputs[0]))
+            self._add_macs(name, count(weight_of(self.layers[name]), tensors_in(inputs), outputs[0]))
         for tensor in outputs:
             set_sources(tensor, frozenset([name]))
 
@@ -128,10 +128,10 @@ class Watcher(TorchFunctionMode):
         kwargs = kwargs or {}
         is_residual = func in ADDITIONS and self._watch_addition([args, kwargs])
         output = func(*args, **kwargs)
-        outputs = _tensors(output)
-        if not outputs and not _tensors(args):
+        outputs = tensors_in(output)
+        if not outputs and not tensors_in(args):
             return output
-        inputs = _tensors([args, kwargs])
+        inputs = tensors_in([args, kwargs])
         sources = frozenset().union(*map(_sources, inputs))
         name = getattr(func, "__name__", str(func))
         for tensor in inputs:
@@ -154,7 +154,7 @@ class Watcher(TorchFunctionMode):
 
     def _watch_addition(self, args: list) -> bool:
         """Note what put out the operands of an addition, and tell whether both are feature maps of convolutions."""
-        operands = _tensors(args)
+        operands = tensors_in(args)
         if len(operands) != 2 or any(x.dim() != 4 or x.shape != operands[0].shape for x in operands):
             return False
         sources = [self.layers.get(name) for x in operands for name in _sources(x)]
@@ -261,7 +261,7 @@ class Watcher(TorchFunctionMode):
         if isinstance(output, Mapping):
             heads = {k: v for k, v in output.items() if "logits" in k or k.startswith("pred_")}
             output = heads or output
-        trace.last = set().union(*map(_sources, _tensors(output))) - {IMAGE}
+        trace.last = set().union(*map(_sources, tensors_in(output))) - {IMAGE}
         for counts in (trace.macs, trace.attention_macs):
             counts.update({name: count // images for name, count in counts.items()})
         trace.others = {name: (sum(used.values()), self.used_macs[name] // images) for name, used in self.used.items()}
@@ -321,7 +321,7 @@ def set_sources(tensor: torch.Tensor, sources: frozenset[str]) -> None:
     tensor._sqakd_sources = sources
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def tensors_in(value: Any) -> list[torch.Tensor]:
     """Return the tensors in nested tuples, lists and dicts, in order."""
     if isinstance(value, torch.Tensor):
         return [value]
@@ -329,4 +329,4 @@ def _tensors(value: Any) -> list[torch.Tensor]:
         value = value.values()
     elif not isinstance(value, list | tuple):
         return []
-    return [tensor for item in value for tensor in _tensors(item)]
+    return [tensor for item in value for tensor in tensors_in(item)]

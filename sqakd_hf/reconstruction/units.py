@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..conversion.config import check_patterns, matches
 from ..conversion.trace import evaluating
+from ..conversion.watcher import tensors_in
 from ..errors import InputError
 from ..layers.interception import ADDITIONS
 from ..layers.quantized_layer import weight_of
@@ -259,18 +260,8 @@ class _Watcher(TorchFunctionMode):
         """Tell whether a module takes what another one returned, and no other tensor that differs by image."""
         _, args, kwargs, _ = self.calls[name][0]
         given = main_tensor((args, kwargs))
-        others = [x for x in _tensors((args, kwargs)) if x is not given and x.shape[:1] == given.shape[:1]]
+        others = [x for x in tensors_in((args, kwargs)) if x is not given and x.shape[:1] == given.shape[:1]]
         return given is self.output_of(before) and not others
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, list | tuple):
-        return []
-    return [tensor for item in value for tensor in _tensors(item)]
 
 
 def _is_inside(name: str, outer: str) -> bool:
