@@ -15,6 +15,7 @@ import contextlib
 import copy
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -39,7 +40,7 @@ from ..hub.preprocessing import Preprocessing, image_processor
 from ..reporting.tables import results_table
 from ..reporting.training_record import to_json
 from ..research.objective import parse_objective, reads_labels
-from .distill_arguments import GIVEN, IMAGE_SIZES, DistillationArguments, ScriptArguments, set_defaults
+from .distill_arguments import GIVEN, IMAGE_SIZES, DistillationArguments, Recipe, ScriptArguments, set_defaults
 from .quantization_arguments import QuantizationArguments
 from .students import class_names
 from .teachers import accuracy, coupled_adam, get_teacher, train_teacher
@@ -47,7 +48,8 @@ from .teachers import accuracy, coupled_adam, get_teacher, train_teacher
 
 logger = logging.getLogger(__name__)
 
-RESULT_KEYS = {"accuracy": "accuracy", "agreement": "agreement", "kl": "loss"}
+RESULT_KEYS = ("accuracy", "agreement", "kl")
+RECONSTRUCTION = "checkpoint-reconstruction"  # of blocks that are finished, in the output folder
 
 
 def main(argv: Sequence[str]) -> None:
@@ -72,9 +74,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         distil(script, quantization, args, given)
     except KeyboardInterrupt:
-        last = None
-        with contextlib.suppress(InputError):
-            last = last_checkpoint(args.output_dir)
+        last = saved_progress(args)
         way_on = "--resume_from_checkpoint last to go on" if last else "--overwrite_output_dir to start again"
         sys.exit(f"\nInterrupted{f', saved {last}' if last else ''}. Run the same command with {way_on}.")
 
@@ -105,7 +105,7 @@ def choose_by_holdout(script: ScriptArguments, args: DistillationArguments, give
     else:
         terms = parse_objective(args.objective)
         by_labels = reads_labels(terms) and all(term.name != "kl" for term in terms)
-        args.metric_for_best_model = "eval_accuracy" if by_labels else "eval_loss"
+        args.metric_for_best_model = "eval_accuracy" if by_labels else "eval_kl"
         args.greater_is_better = by_labels
 
 
@@ -130,7 +130,8 @@ def distil(
 
     set_seed(args.seed)
     teacher, origin = get_teacher(script, args, data)
-    set_defaults(args, given, origin, config.weight_bits)
+    recipe = Recipe.of(script.recipe, origin, config)
+    set_defaults(args, given, recipe, config.weight_bits)
     data = data.numbered_like(class_names(teacher))
     plan = plan_quantization(teacher, config)  # a pattern that matches nothing is better found before the training
     transform = image_transform(script, teacher)
@@ -140,7 +141,7 @@ def distil(
     used = Preprocessing(plain.size, plain.mean, plain.std, plain.crop_pct, plain.interpolation)
     record_preprocessing(teacher, used)
     train, test = data.train.with_transform(augmented), data.test.with_transform(plain)
-    if origin != GIVEN:
+    if origin != GIVEN and not args.resume_from_checkpoint:
         train_teacher(teacher, train, used, script, args)
     results = {"teacher": {"accuracy": accuracy(teacher, test, args), "agreement": 1.0, "kl": 0.0}}
 
@@ -162,10 +163,16 @@ def distil(
         print(student.quantization_plan, flush=True)
     results["calibrated"] = evaluate(trainer, test)
     trainer.measure_layers()
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if interrupt.interrupted:
-        raise KeyboardInterrupt
-    results["student"] = {**evaluate(trainer, test), "step": trainer.results["student"]["step"]}
+    if recipe.reconstructs:
+        folder = None if args.world_size > 1 else output / RECONSTRUCTION
+        if trainer.reconstruct(checkpoint_dir=folder) is not None:
+            results["reconstructed"] = evaluate(trainer, test)
+    if recipe.trains:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        if interrupt.interrupted:
+            raise KeyboardInterrupt
+    kept = evaluate(trainer, test), trainer.results["student"]
+    results["student"] = {**kept[0], "stage": kept[1]["stage"], "step": kept[1]["step"]}
     trainer.measure_layers()
 
     if trainer.is_world_process_zero():
@@ -199,7 +206,7 @@ def with_validation_images(
     if by_labels and not is_labelled(data.validation or data.train):
         raise InputError(
             f"The images of {script.dataset!r} have no labels to choose the best epoch by. Pass "
-            "--metric_for_best_model eval_loss (the divergence) or --validation_fraction 0."
+            "--metric_for_best_model eval_kl (the KL divergence) or --validation_fraction 0."
         )
     if data.validation is None:
         train, validation = split_holdout(data.train, script.validation_fraction, args.seed, keep_labels=by_labels)
@@ -232,20 +239,34 @@ def image_transform(script: ScriptArguments, model: PreTrainedModel):
 def evaluate(trainer: SQAKDTrainer, test) -> dict[str, float | None]:
     """Return accuracy (`None` without labels), agreement with the teacher and KL on the test images."""
     metrics = trainer.evaluate(test, metric_key_prefix="test")
-    return {name: metrics.get(f"test_{key}") for name, key in RESULT_KEYS.items()}
+    return {name: metrics.get(f"test_{name}") for name in RESULT_KEYS}
 
 
 def check_output_folder(script: ScriptArguments, args: DistillationArguments) -> None:
+    """Find what a resumed run goes on from; else refuse a folder that is not empty, or begin anew in it."""
     folder = Path(args.output_dir)
     if args.resume_from_checkpoint == "last":
+        if saved_progress(args) == str(folder / RECONSTRUCTION):
+            args.resume_from_checkpoint = None  # the run goes the same way again and finds its blocks there
+            return
         args.resume_from_checkpoint = last_checkpoint(args.output_dir)
-    if args.resume_from_checkpoint or script.overwrite_output_dir:
+    if args.resume_from_checkpoint:
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    if not script.overwrite_output_dir and folder.is_dir() and any(folder.iterdir()):
         raise InputError(
             f"The output folder {args.output_dir!r} is not empty. Pass --overwrite_output_dir to write into it, "
             "--resume_from_checkpoint last to go on with its run, or another --output_dir."
         )
+    if args.process_index == 0:
+        shutil.rmtree(folder / RECONSTRUCTION, ignore_errors=True)
+
+
+def saved_progress(args: DistillationArguments) -> str | None:
+    """Return the folder that a run can go on from: its last checkpoint, or the blocks that were finished before."""
+    with contextlib.suppress(InputError):
+        return last_checkpoint(args.output_dir)
+    folder = Path(args.output_dir, RECONSTRUCTION)
+    return str(folder) if folder.is_dir() else None
 
 
 def set_up_logging(args: DistillationArguments) -> None:

@@ -6,13 +6,20 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .._text import quote
+from ..conversion.config import QuantizationConfig
 from ..data.transforms import AUGMENTATIONS
 from ..distillation.publishing import ARGUMENTS_FILE
 from ..distillation.training_args import SQAKDTrainingArguments
+from ..errors import InputError
 
 
 # Where a teacher comes from.
 GIVEN, FINE_TUNED, FROM_SCRATCH = "given", "fine-tuned", "from scratch"
+
+RECIPES = ("auto", "paper", "calibrate", "reconstruct")
+# Without block-wise reconstruction nothing below it is near to the float network.
+LOSSLESS_BITS = 8
 
 
 # The learning rate times the number of steps between a weight's codes; 1e-3 at 2 bits.
@@ -73,7 +80,19 @@ class ScriptArguments:
         default=False, metadata={"help": "the student's optimizer is Adam with coupled weight decay, as in the paper"}
     )
     num_threads: int | None = field(default=None, metadata={"help": "threads that torch uses on a CPU"})
+    recipe: str = field(
+        default="auto",
+        metadata={
+            "help": f"one of {', '.join(RECIPES)}; calibrate: ranges, statistics and biases alone; reconstruct: also "
+            "each block by itself; paper: ranges, then training; auto: with a given teacher all of these, as far as "
+            "they help on the held-out images, else as paper"
+        },
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "write into a folder that is not empty"})
+
+    def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise InputError(f"--recipe must be one of {quote(RECIPES)}, got {self.recipe!r}.")
 
 
 @dataclass
@@ -95,17 +114,48 @@ class DistillationArguments(SQAKDTrainingArguments):
     )
 
 
-def set_defaults(args: DistillationArguments, given: set[str], origin: str, bits: int) -> None:
-    """Choose what nobody gave, learning rate and BatchNorm's statistics, by where the teacher comes from.
+@dataclass(frozen=True)
+class Recipe:
+    """What a run does, after the ranges are set.
 
-    A teacher that is given was trained on other images: its BatchNorm statistics are better than those of a thousand
-    photographs, and a student of many bits begins so near to it that a rate for few bits takes it further away. The
-    rate is the same in units of a weight's step at every width. A resumed training goes on as it began.
+    Args:
+        keeps_statistics (`bool`): Whether BatchNorm keeps the teacher's statistics, corrected by what quantization
+            changed.
+        reconstructs (`bool`): Whether each block learns to put out what the teacher's does.
+        trains (`bool`): Whether the student learns its teacher's logits.
+    """
+
+    keeps_statistics: bool
+    reconstructs: bool
+    trains: bool
+
+    @classmethod
+    def of(cls, name: str, origin: str, config: QuantizationConfig) -> "Recipe":
+        """Return the recipe of that name, for a teacher of that origin.
+
+        A teacher that is given was trained on other images than the student will be: block by block, and with
+        BatchNorm's statistics kept, a few photographs are enough.
+        """
+        bits = min(config.weight_bits, config.activation_bits or LOSSLESS_BITS)
+        return {
+            "auto": cls(origin == GIVEN, origin == GIVEN and bits < LOSSLESS_BITS, True),
+            "paper": cls(False, False, True),
+            "calibrate": cls(True, False, False),
+            "reconstruct": cls(True, True, False),
+        }[name]
+
+
+def set_defaults(args: DistillationArguments, given: set[str], recipe: Recipe, bits: int) -> None:
+    """Choose what nobody gave, learning rate and BatchNorm's statistics, by the recipe.
+
+    A student that keeps its teacher's statistics begins near to it, and a rate for few bits takes one of many bits
+    further away. The rate is the same in units of a weight's step at every width. A resumed training goes on as it
+    began.
     """
     if args.resume_from_checkpoint:
         with open(os.path.join(args.resume_from_checkpoint, ARGUMENTS_FILE), encoding="utf-8") as file:
             defaults = json.load(file)
-    elif origin == GIVEN:
+    elif recipe.keeps_statistics:
         defaults = {"learning_rate": min(args.learning_rate, RATE_IN_STEPS / (2**bits - 1))}
     else:
         defaults = {"freeze_batch_norm": False}

@@ -26,9 +26,12 @@ logger = logging.getLogger(__name__)
 
 
 def get_teacher(script: ScriptArguments, args: DistillationArguments, data: ImageData) -> tuple[PreTrainedModel, str]:
-    """Return the teacher and where it comes from; one that is not `GIVEN` is still to be trained on these classes."""
+    """Return the teacher and where it comes from.
+
+    One that is not `GIVEN` is still to be trained on these classes, unless a checkpoint is resumed.
+    """
     if args.resume_from_checkpoint and script.teacher is None and is_labelled(data.train):
-        return load_model(teacher_folder(args)), GIVEN
+        return load_model(teacher_folder(args)), FINE_TUNED
     teacher = script.teacher or (None if is_labelled(data.train) else script.model)
     if teacher is not None:
         return load_given_teacher(script, teacher), GIVEN

@@ -37,7 +37,7 @@ class BestStudent:
         return self._trainer.state.best_global_step if self.is_chosen else None
 
     @property
-    def is_calibrated(self) -> bool:
+    def is_untrained(self) -> bool:
         """Whether it is the student as it was before the first step, which no later one surpassed."""
         return self.step == 0
 
@@ -63,11 +63,11 @@ class BestStudent:
     def after_training(self) -> None:
         """Note which student was kept; replace its BatchNorm statistics if `reestimate_batch_norm` asks for it."""
         if self.step is not None:
-            self._trainer.measurements.keep_step(self.step)
-            if self.is_calibrated:
+            self._note_kept()
+            if self.is_untrained:
                 logger.warning(
-                    "Training did not help: by %s on the held-out images no step of it was better than the calibrated "
-                    "student, which is kept.",
+                    "Training did not help: by %s on the held-out images no step of it was better than the student "
+                    "before its first step, which is kept.",
                     self.metric,
                 )
         if self._trainer.args.reestimate_batch_norm:
@@ -97,4 +97,12 @@ class BestStudent:
         for module, buffers in zip(norms, before, strict=True):
             for key, buffer in module.named_buffers():
                 buffer.copy_(buffers[key])
-        trainer.measurements.keep_step(self.step)
+        self._note_kept()
+
+    def _note_kept(self) -> None:
+        """Show what was measured of the student that is kept."""
+        trainer = self._trainer
+        if self.is_untrained:
+            trainer.measurements.keep_stage(trainer._stage or "calibrated", step=0)
+        else:
+            trainer.measurements.keep_step(self.step)

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from ..outputs.forward import Prediction
 from ..quantization.functional import widest_float
-from .losses import masked_mean
+from .losses import distillation_loss, masked_mean
 
 
 def agreement(student: Prediction, teacher: Prediction, mask: torch.Tensor | None) -> torch.Tensor:
@@ -43,7 +43,9 @@ class RunningMean:
 
 
 class EvaluationSums:
-    """Sums of loss, agreement and accuracies over the images of one evaluation, of all processes.
+    """Sums over the images of one evaluation, of all processes: loss, KL divergence, agreement and accuracies.
+
+    The KL divergence is at temperature 1, whatever the loss is at.
 
     Args:
         accelerator (`Accelerator`): Gathers what the processes found.
@@ -63,7 +65,12 @@ class EvaluationSums:
     ) -> None:
         """Add a batch: each image's loss `(B,)`, what both models say of it, its valid positions and its label."""
         counts = student.counted(mask)
-        values = {"loss": (loss, counts), "agreement": (agreement(student, teacher, mask), counts)}
+        divergence = distillation_loss(student.logits, teacher.logits, 1.0, "none", mask)
+        values = {
+            "loss": (loss, counts),
+            "kl": (divergence, counts),
+            "agreement": (agreement(student, teacher, mask), counts),
+        }
         # Of a batch without labels as well: another process may have one with.
         nothing = torch.zeros_like(loss), torch.zeros_like(counts)
         for name, prediction in (("accuracy", student), ("teacher_accuracy", teacher)):

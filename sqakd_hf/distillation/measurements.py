@@ -14,7 +14,8 @@ class ImageSet:
     Args:
         images (`Any`): The dataset.
         name (`str`): What it is called, such as `"eval"` or `"test"`.
-        rows (`dict[str, Row]`): `teacher`, `calibrated` (the student before its first step) and `student` → metrics.
+        rows (`dict[str, Row]`): `teacher`, `calibrated` and `reconstructed` (what the student was before its first
+            step) and `student` (what it is) → metrics.
         by_step (`dict[int, Row]`): Step of the training → the student's metrics there.
     """
 
@@ -35,18 +36,20 @@ class ImageSet:
         """Note what an evaluation found.
 
         Args:
-            means (`Row`): Of the student: `loss`, `agreement` and, where there were labels, `accuracy`.
+            means (`Row`): Of the student: `kl`, `agreement` and, where there were labels, `accuracy`.
             teacher_accuracy (`float`, *optional*): Of its teacher.
             where (`Row`): The set's name and its number of images.
-            measured_as (`str`): `calibrated` or `student`.
+            measured_as (`str`): `calibrated`, `reconstructed` or `student`.
             step (`int`, *optional*): Of the training that the student is of.
             in_training (`bool`): Whether it will have further steps, and may come back to this one.
         """
         self.rows["teacher"] = {"accuracy": teacher_accuracy, "agreement": 1.0, "kl": 0.0, **where}
-        row = {"accuracy": means.get("accuracy"), "agreement": means["agreement"], "kl": means["loss"], **where}
-        self.rows[measured_as] = row = {**row, "step": step}
+        row = {"accuracy": means.get("accuracy"), "agreement": means["agreement"], "kl": means["kl"], **where}
+        self.rows[measured_as] = row = {**row, "stage": measured_as, "step": step}
         if in_training:
             self.by_step[step] = row
+        elif measured_as != "student":  # which it may stay, without a training
+            self.rows["student"] = {**row, "step": None}
 
 
 class Measurements:
@@ -71,20 +74,32 @@ class Measurements:
         self._sets.append(found)
         return found
 
-    def begin_training(self) -> None:
-        """What was measured of the student so far was measured before its first step."""
+    def begin_training(self, stage: str) -> None:
+        """What was measured of the student so far was measured before its first step: as what it is at this stage."""
         for each in self._sets:
             each.by_step.clear()
             if (row := each.rows.pop("student", None)) is not None:
-                each.rows["calibrated"] = row
+                each.rows[stage] = {**row, "stage": stage}
+
+    def keep_stage(self, stage: str, step: int | None = None) -> None:
+        """The student is again, or stays, what it was at a stage before its first step.
+
+        Args:
+            stage (`str`): `calibrated` or `reconstructed`.
+            step (`int`, *optional*): 0 where a training was tried.
+        """
+        for each in self._sets:
+            self._keep(each, each.rows.get(stage), step)
 
     def keep_step(self, step: int) -> None:
-        """The student is again what it was after this step; 0 is before the first."""
+        """The student is again what it was after this step of the training."""
         for each in self._sets:
-            row = each.rows.get("calibrated") if step == 0 else each.by_step.get(step)
-            each.rows.pop("student", None)
-            if row is not None:
-                each.rows["student"] = row
+            self._keep(each, each.by_step.get(step), step)
+
+    def _keep(self, each: ImageSet, row: Row | None, step: int | None) -> None:
+        each.rows.pop("student", None)
+        if row is not None:
+            each.rows["student"] = {**row, "step": step}
 
 
 def _same(one: Any, other: Any) -> bool:

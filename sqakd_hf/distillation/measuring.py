@@ -19,13 +19,13 @@ class MeasuringMixin:
     """The part of `SQAKDTrainer` around its evaluations; the evaluation itself is `evaluation_loop`."""
 
     @property
-    def kept_calibrated(self) -> bool:
+    def kept_untrained(self) -> bool:
         """Whether training ended with the student as it was before its first step, which no later one surpassed."""
-        return self.best.is_calibrated
+        return self.best.is_untrained
 
     @property
     def results(self) -> dict[str, dict[str, Any]]:
-        """What was measured on the images evaluated last: teacher, student, and the student before its first step."""
+        """What was measured on the images evaluated last: teacher, student, and the student at its stages before."""
         return self.measurements.last.rows if self.measurements.last else {}
 
     @property
@@ -33,13 +33,13 @@ class MeasuringMixin:
         """The step of the training that the student is of, 0 before the first; `None` where nothing was trained."""
         if not self.is_in_train and self.best.step is not None:
             return self.best.step
-        return self.state.global_step if self.is_in_train or self.state.global_step or self._calibrated else None
+        return self.state.global_step if self.is_in_train or self.state.global_step or self._stage else None
 
     @property
     def _measured_as(self) -> str:
-        """What the student is: `"calibrated"`, before its first step, or a trained `"student"`."""
-        before = self._calibrated or self.is_in_train
-        return "calibrated" if before and self.state.global_step == 0 else "student"
+        """What the student is: before its first step its stage, such as `"calibrated"`, else a trained `"student"`."""
+        before = self._stage or ("calibrated" if self.is_in_train else None)
+        return before if before and self.state.global_step == 0 else "student"
 
     def measure_layers(self, images: int = 64) -> dict[str, float]:
         """Return how far each layer's output is from the teacher's, in dB, and keep it for the report.

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,10 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from .._compat import checkpoint_folder, compile_options, forget_preparation, is_sharded, keep_parameters_float32
-from ..conversion.calibration import calibrate_model
 from ..conversion.convert import require_float32_latents
 from ..conversion.student import batch_norms, is_calibrated, require_planned_layers
 from ..data.collator import LOGITS, ImageCollator
 from ..data.reproducible import own_random_numbers
-from ..data.sampling import sample_batches
 from ..errors import InputError
 from ..hub.loading import load_model
 from ..hub.model_preprocessing import record_processor
@@ -38,6 +36,7 @@ from .measuring import MeasuringMixin
 from .nan_diagnostics import FiniteWatch
 from .pairing import require_student
 from .parameter_groups import ranges_of, set_aside, warn_of_missing
+from .preparing import PreparingMixin
 from .processes import follow_first_process
 from .publishing import PublishingMixin, save_arguments, save_student
 from .teacher import Teacher, teacher_dtype
@@ -46,7 +45,7 @@ from .training_images import TrainingImages
 from .trials import TrialsMixin
 
 
-class SQAKDTrainer(MeasuringMixin, PublishingMixin, TrialsMixin, Trainer):
+class SQAKDTrainer(PreparingMixin, MeasuringMixin, PublishingMixin, TrialsMixin, Trainer):
     """Distil a quantized student from its full-precision teacher, on images without labels.
 
     The loss is [`distillation_loss`] of the two models' logits on the same batch and nothing else (unless
@@ -72,9 +71,10 @@ class SQAKDTrainer(MeasuringMixin, PublishingMixin, TrialsMixin, Trainer):
         `InputError`: No teacher, a student that is not quantized or was changed after that, a teacher that is
             quantized or the student itself, a different number of classes, a model without class logits.
 
-    `evaluate()` returns `eval_loss` (the KL loss), `eval_agreement` (share of images where student and teacher
-    name the same class) and, where the dataset has labels, `eval_accuracy`; exact means over the images, whatever
-    the batch size and the number of processes. `metric_for_best_model` takes any of them.
+    `evaluate()` returns `eval_loss` (the KL loss, as in training), `eval_kl` (the KL divergence at temperature 1),
+    `eval_agreement` (share of images where student and teacher name the same class) and, where the dataset has
+    labels, `eval_accuracy`; exact means over the images, whatever the batch size and the number of processes.
+    `metric_for_best_model` takes any of them.
     """
 
     # compute_loss returns the mean of its batch: Trainer divides it by the accumulation steps.
@@ -139,7 +139,7 @@ class SQAKDTrainer(MeasuringMixin, PublishingMixin, TrialsMixin, Trainer):
         self.layer_sqnr: dict[str, dict[str, float]] = {}
         self.extensions: list[Extension] = []
         self._frozen_norms: list[nn.Module] = []
-        self._calibrated = False
+        self._stage: str | None = None  # what was made of it here, before a training
         self._agreement = RunningMean()
 
     # --- training ---
@@ -180,7 +180,7 @@ class SQAKDTrainer(MeasuringMixin, PublishingMixin, TrialsMixin, Trainer):
         self.extensions = requested_extensions(self)
         self._check_options()
         if self._checkpoint is None:
-            self.measurements.begin_training()
+            self.measurements.begin_training(self._stage or "calibrated")
         self.best.warn_if_not_chosen()
         self._agreement = RunningMean()
         load_extensions(self.extensions, self._checkpoint)
@@ -205,33 +205,6 @@ class SQAKDTrainer(MeasuringMixin, PublishingMixin, TrialsMixin, Trainer):
     def _get_dataloader(self, dataset: Dataset, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
         dataset = self._images.as_trained(dataset) if is_training else dataset
         return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
-
-    def calibrate(self) -> None:
-        """Set the student's ranges by [`calibrate_model`], from `args.calibration_images` of the training images.
-
-        Every process reads the same images and takes the ranges of the first.
-        """
-        if self.train_dataset is None:
-            raise InputError("Calibration needs images: pass train_dataset, or call calibrate_model yourself.")
-        self._move_model_to_device(self.model, self.args.device)
-        calibrate_model(
-            self.model,
-            list(self._sampled(self.args.calibration_images)),
-            disable_progress=not self.is_world_process_zero(),
-        )
-        follow_first_process(self.model, self.args.world_size)
-        self._calibrated = True
-
-    def sample_images(self, total: int, batch: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield prepared batches of `total` training images, see [`~sqakd_hf.data.sampling.sample_batches`].
-
-        By default in batches of the training's size, of 32 at least.
-        """
-        return map(self._prepare_inputs, self._sampled(total, batch))
-
-    def _sampled(self, total: int, batch: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
-        batch = batch or max(self.args.train_batch_size, 32)
-        return sample_batches(self.train_dataset, self.data_collator, total, batch, self.args.seed)
 
     # --- the path of a batch: prepare, student, teacher, loss ---
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..conversion.plan import QuantizationPlan, bits_of
 from ..data.hub_access import hub_is_reachable
-from ..reporting.tables import image_count, kept_calibrated, titled_rows
+from ..reporting.tables import image_count, kept_stage, titled_rows
 
 
 TAGS = ("sqakd", "sqakd_hf", "quantization", "quantization-aware-training", "knowledge-distillation")
@@ -33,11 +33,16 @@ _TASKS = {
 _METRICS = (
     ("accuracy", "accuracy", "{:.2%}"),
     ("agreement", "agreement with the teacher", "{:.2%}"),
-    ("kl", "divergence (T² · KL)", "{:.4f}"),
+    ("kl", "KL divergence", "{:.4f}"),
 )
-_CALIBRATED = (
-    "calibrated on images without labels. A training by [SQAKD](https://arxiv.org/abs/2403.11106) was tried; no step "
-    "of it was better on held-out images, so that this is the student before its first step."
+_STAGES = {
+    "calibrated": "calibrated on images without labels.",
+    "reconstructed": "reconstructed block by block, on images without labels: each block learned to put out what the "
+    "float network's does.",
+}
+_TRIED = (
+    " A training by [SQAKD](https://arxiv.org/abs/2403.11106) was tried; no step of it was better on held-out images, "
+    "so that this is the student before its first step."
 )
 _LOAD = """\
 import sqakd_hf  # registers the format: without it, loading stops with an error
@@ -70,8 +75,8 @@ def model_card(
         model (`PreTrainedModel`): The student.
         repo_id (`str`): Where it is loaded from: the name in the load snippet.
         base_model (`str`, *optional*): Hub id of the full-precision model.
-        results (`Mapping`, *optional*): `teacher`, `calibrated` and `student` → `accuracy`, `agreement` (shares in
-            [0, 1]), `kl`; only what this run measured. `None` marks what was not.
+        results (`Mapping`, *optional*): See [`~sqakd_hf.reporting.training_record.TrainingRecord`]; only what this
+            run measured. `None` marks what was not.
         training_arguments (`Mapping`, *optional*): Name → value.
         datasets (`Sequence[str]`, *optional*): Hub ids of the training images.
         dataset_name (`str`, *optional*): Their name for people.
@@ -112,7 +117,7 @@ def model_card(
     sections = [
         f"---\n{data.to_yaml()}\n---\n\n# {name}",
         f"{origin} with {bits} weights and activations (bits of most of its weights), "
-        + (_CALIBRATED if kept_calibrated(results) else f"trained {_method(objective, with_labels)}"),
+        + _made(results, objective, with_labels),
         f"## Load it\n\n```bash\npip install sqakd_hf\n```\n\n```python\n{snippet}```",
         "## Results\n\n" + _results(results, images) + _files(learning_curve, report),
         "## Size\n\n" + _size(model, stored_bytes),
@@ -170,6 +175,13 @@ def _bits(plan: QuantizationPlan) -> str:
     rows = [["bits", "layers", "weights", "share"]]
     rows += [[bits, str(layers[bits]), f"{n:,}", f"{n / total:.1%}"] for bits, n in weights.most_common()]
     return f"{_table(rows)}\n\n<details><summary>Layer by layer</summary>\n\n```\n{plan}\n```\n\n</details>"
+
+
+def _made(results: Mapping[str, Mapping[str, Any]] | None, objective: str, with_labels: bool) -> str:
+    kept = kept_stage(results)
+    if kept is None:
+        return f"trained {_method(objective, with_labels)}"
+    return _STAGES[kept] + (_TRIED if results["student"]["step"] == 0 else "")
 
 
 def _method(objective: str, with_labels: bool) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .._validation import check_integer
 from ..conversion import calibration
 from ..conversion.student import (
     device_of,
@@ -193,7 +194,8 @@ def reconstruct_model(
         `InputError`: No images or less than 32, a teacher without the student's layers, a pattern that matches
             nothing, nothing to reconstruct, no room for what units take, or a folder of another run.
     """
-    _check_positive(steps=steps, batch_size=batch_size)
+    check_integer(steps, "steps")
+    check_integer(batch_size, "batch_size")
     require_planned_layers(model)
     if not quantized_layers(model):
         raise InputError("The model has no quantized layer. Call quantize_model(model, config) first.")
@@ -287,9 +289,3 @@ def _why_not_compared(student: nn.Module, teacher: Any) -> str | None:
             f"{', ...' * (len(names) > 3)}); it has to be the float network that the student was made of"
         )
     return None
-
-
-def _check_positive(**values: int) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} must be a positive integer, got {value!r}.")

@@ -69,23 +69,37 @@ def refresh_quantizers(modules: Iterable[nn.Module]) -> None:
             module.refresh()
 
 
+class StudentState:
+    """A whole student as it is now, to come back to: the values of its tensors, its quantizers' attributes, its plan.
+
+    Args:
+        student (`nn.Module`): After [`quantize_model`].
+    """
+
+    def __init__(self, student: nn.Module):
+        self._attributes = [(m, dict(vars(m))) for m in (*quantized_layers(student).values(), *quantizers(student))]
+        self._owner = next((module for module in student.modules() if "quantization_plan" in vars(module)), None)
+        self._plan = None if self._owner is None else self._owner.quantization_plan
+        self._tensors = [(tensor, tensor.detach().clone()) for tensor in (*student.parameters(), *student.buffers())]
+
+    def restore(self) -> None:
+        for module, before in self._attributes:
+            vars(module).clear()
+            vars(module).update(before)
+        for tensor, value in self._tensors:
+            tensor.data = value
+        if self._owner is not None:
+            self._owner.quantization_plan = self._plan
+
+
 @contextlib.contextmanager
 def unchanged_on_error(student: nn.Module) -> Iterator[None]:
-    """Give a student the values of its tensors, and its layers and quantizers their attributes, back on any error."""
-    attributes = [(m, dict(vars(m))) for m in (*quantized_layers(student).values(), *quantizers(student))]
-    owner = next((module for module in student.modules() if "quantization_plan" in vars(module)), None)
-    plan = None if owner is None else owner.quantization_plan
-    tensors = [(tensor, tensor.detach().clone()) for tensor in (*student.parameters(), *student.buffers())]
+    """Give a student back what it was, on any error."""
+    state = StudentState(student)
     try:
         yield
     except BaseException:
-        for module, before in attributes:
-            vars(module).clear()
-            vars(module).update(before)
-        for tensor, value in tensors:
-            tensor.data = value
-        if owner is not None:
-            owner.quantization_plan = plan
+        state.restore()
         raise
 
 

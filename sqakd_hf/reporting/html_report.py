@@ -11,7 +11,7 @@ from torch import nn
 
 from ..conversion.plan import LayerPlan, QuantizationPlan, bits_of
 from ..conversion.student import is_calibrated, quantized_layers
-from .tables import image_count, plot_learning_curve, plot_trade_off, titled_rows
+from .tables import STAGES, image_count, plot_learning_curve, plot_trade_off, titled_rows
 from .training_record import TrainingRecord
 
 
@@ -31,7 +31,6 @@ th, td { padding: .22rem .6rem; border-bottom: 1px solid #8884; text-align: left
 .before { background: #b08035; }
 .integer { color: #2a8f4d; } .float { color: #b3472d; }"""
 _ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorrt": "TensorRT"}
-_STAGES = {"calibrated": "before", "student": "after"}
 _MAX_DB = 60.0
 Row = Sequence[str]
 
@@ -103,7 +102,7 @@ def _results(results: Mapping[str, Mapping[str, Any]], plan: QuantizationPlan) -
         divergence = "-" if row.get("kl") is None else f"{row['kl']:.4f}"
         size = plan.float_bytes() if key == "teacher" else plan.weight_bytes()
         rows.append((title, *shares, divergence, image_count(row), f"{size:,}"))
-    head = ("", "accuracy", "agreement with the teacher", "divergence (T² · KL)", "images", "bytes of weights")
+    head = ("", "accuracy", "agreement with the teacher", "KL divergence", "images", "bytes of weights")
     return _table(head, rows) + _note("- : not measured.")
 
 
@@ -125,8 +124,11 @@ def _trade_off(
         return _latency_table(latency) if latency else _note("Neither accuracy nor speed is known here.")
     titles = dict(titled_rows(results))
     quality = {key: results[key][metric] for key in titles if results.get(key, {}).get(metric) is not None}
-    bytes_of = {"teacher": plan.float_bytes(), "calibrated": plan.weight_bytes(), "student": plan.weight_bytes()}
-    sizes = [(title, bytes_of[key], quality[key]) for key, title in titles.items() if key in quality]
+    sizes = [
+        (title, plan.float_bytes() if key == "teacher" else plan.weight_bytes(), quality[key])
+        for key, title in titles.items()
+        if key in quality
+    ]
     times = []
     for each in () if latency is None else latency["latencies"]:
         key = "teacher" if each["what"] == "float32" else "student"
@@ -143,7 +145,7 @@ def _trade_off(
 
 def _measured(results: Mapping[str, Mapping[str, Any]], metric: str) -> bool:
     # The teacher agrees with itself, whatever was measured.
-    return any(results.get(key, {}).get(metric) is not None for key in ("calibrated", "student"))
+    return any(results.get(key, {}).get(metric) is not None for key in (*STAGES, "student"))
 
 
 def _latency_table(latency: Mapping[str, Any]) -> str:
@@ -179,7 +181,7 @@ def _layers(
 ) -> str:
     codes = _histograms(model)
     kernels = {} if deploy is None else {kernel["layer"]: kernel for kernel in deploy["kernels"]}
-    stages = {key: title for key, title in _STAGES.items() if layer_sqnr.get(key)}
+    stages = {key: title for key, title in {**STAGES, "student": "student"}.items() if layer_sqnr.get(key)}
     engines = _ENGINES if deploy is not None else {}
     reasons: dict[str, int] = {}
     rows = []
@@ -199,7 +201,7 @@ def _layers(
     if stages:
         notes.append(
             _note(
-                "SQNR, before the training and after it: the teacher's output of the layer against the student's "
+                "SQNR of the student at each stage: the teacher's output of the layer against the student's "
                 "difference from it, in dB; 20 dB are an error of a tenth. It holds what the layers before did. "
                 "Training is free to find other features than the teacher's on the way to its logits: the last layer "
                 "is the one that counts."
@@ -253,7 +255,7 @@ def _sqnr_cell(value: float | None, key: str) -> str:
     if value is None:
         return ""
     width = 6 * min(max(value, 0.0), _MAX_DB) / _MAX_DB
-    kind = "bar before" if key == "calibrated" else "bar"
+    kind = "bar before" if key in STAGES else "bar"
     return f'<span class="{kind}" style="width:{width:.2f}em"></span>{value:.1f} dB'
 
 

@@ -14,18 +14,27 @@ if TYPE_CHECKING:
 
 
 # What a run compares, and how people read it.
-ROWS = (("teacher", "teacher"), ("calibrated", "calibrated only"), ("student", "distilled student"))
-KEPT_CALIBRATED = "student, as calibrated"  # in the place of the last, where no step of the training was better
+STAGES = {"calibrated": "calibrated", "reconstructed": "reconstructed"}  # of a student, before its training
+ROWS = {
+    "teacher": "teacher",
+    **{key: f"{title} only" for key, title in STAGES.items()},
+    "student": "distilled student",
+}
 
 
-def kept_calibrated(results: Mapping[str, Mapping[str, Any]] | None) -> bool:
-    """Tell whether the student that was measured is the one before the first step of its training."""
-    return ((results or {}).get("student") or {}).get("step") == 0
+def kept_stage(results: Mapping[str, Mapping[str, Any]] | None) -> str | None:
+    """Return which of the stages before a training the student is of, `None` for a trained one."""
+    stage = ((results or {}).get("student") or {}).get("stage")
+    return stage if stage in STAGES else None
 
 
 def titled_rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Return what a run compared, and what people call it."""
-    return [(key, KEPT_CALIBRATED if key == "student" and kept_calibrated(results) else title) for key, title in ROWS]
+    kept = kept_stage(results)
+    rows = {key: title for key, title in ROWS.items() if key != "reconstructed" or key in results}
+    if kept is not None:
+        rows["student"] = f"student, as {STAGES[kept]}"
+    return list(rows.items())
 
 
 def image_count(row: Mapping[str, Any]) -> str:
@@ -36,12 +45,12 @@ def image_count(row: Mapping[str, Any]) -> str:
 
 
 def results_table(results: Mapping[str, Mapping[str, float | None]], plan: QuantizationPlan) -> str:
-    """Return teacher, calibrated and distilled student side by side, as text.
+    """Return teacher, the student's stages and the student side by side, as text.
 
     Args:
-        results (`Mapping`): `teacher`, `calibrated` and `student`, each with `accuracy`, `agreement` (shares in
-            [0, 1]) and `kl`; a value that was not measured is `None`. A `step` of 0 says that the student is the
-            calibrated one.
+        results (`Mapping`): `teacher`, `calibrated`, `reconstructed` (where it was) and `student`, each with
+            `accuracy`, `agreement` (shares in [0, 1]) and `kl` (at temperature 1); a value that was not measured is
+            `None`. The student's `stage` says which one it is, if it is not trained.
         plan (`QuantizationPlan`): The student's plan, for its bits and the bytes of its weights.
     """
     rows = [("", "accuracy", "agreement", "KL", "bits", "weight bytes")]

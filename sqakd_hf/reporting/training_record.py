@@ -21,10 +21,11 @@ class TrainingRecord:
     """What a training measured.
 
     Args:
-        results (`dict`): `teacher`, `calibrated` and `student` → `accuracy`, `agreement` (shares in [0, 1]), `kl` and
-            `images`; only what was measured, `None` for an accuracy without labels.
+        results (`dict`): `teacher`, `calibrated`, `reconstructed` and `student` → `accuracy`, `agreement` (shares in
+            [0, 1]), `kl` (at temperature 1) and `images`; only what was measured, `None` for an accuracy without
+            labels.
         log_history (`list[dict]`): What Trainer logged, in order.
-        layer_sqnr (`dict`): `calibrated` and `student` → layer → dB, see
+        layer_sqnr (`dict`): `calibrated`, `reconstructed` and `student` → layer → dB, see
             [`~sqakd_hf.distillation.layer_sqnr.layer_sqnr`].
     """
 

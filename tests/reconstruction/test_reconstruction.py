@@ -450,7 +450,7 @@ class TestBadInput:
             ({"images": [{"labels": torch.zeros(3)}]}, "holds it as pixel_values; got dict with the keys"),
             ({"images": [photographs(20), photographs(20, 14)]}, "All images must have one size"),
             ({"units": ["layer9"]}, "units: the pattern 'layer9' matches no layer"),
-            ({"steps": 0}, "steps must be a positive integer, got 0"),
+            ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
             ({"teacher": TinyConvNet()}, "the teacher has other parameters than the student"),
             ({"teacher": student_of(resnet())}, "the teacher is quantized itself"),
         ],
