@@ -163,10 +163,8 @@ def distil(
         print(student.quantization_plan, flush=True)
     results["calibrated"] = evaluate(trainer, test)
     trainer.measure_layers()
-    if recipe.reconstructs:
-        folder = None if args.world_size > 1 else output / RECONSTRUCTION
-        if trainer.reconstruct(checkpoint_dir=folder) is not None:
-            results["reconstructed"] = evaluate(trainer, test)
+    if recipe.reconstructs and reconstruct(trainer, script):
+        results["reconstructed"] = evaluate(trainer, test)
     if recipe.trains:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         if interrupt.interrupted:
@@ -234,6 +232,21 @@ def image_transform(script: ScriptArguments, model: PreTrainedModel):
         )
 
     return make
+
+
+def reconstruct(trainer: SQAKDTrainer, script: ScriptArguments) -> bool:
+    """Let each block learn to put out what the teacher's does; return whether that helped.
+
+    What stands in the way (too few images, say) is an error only where reconstruction was asked for.
+    """
+    folder = None if trainer.args.world_size > 1 else Path(trainer.args.output_dir, RECONSTRUCTION)
+    try:
+        return trainer.reconstruct(checkpoint_dir=folder) is not None
+    except InputError as error:
+        if script.recipe == "reconstruct":
+            raise
+        logger.warning("Not reconstructed block by block: %s", error)
+        return False
 
 
 def evaluate(trainer: SQAKDTrainer, test) -> dict[str, float | None]:

@@ -30,6 +30,7 @@ class ImageSet:
         teacher_accuracy: float | None,
         where: Row,
         measured_as: str,
+        stage: str,
         step: int | None,
         in_training: bool,
     ) -> None:
@@ -40,12 +41,13 @@ class ImageSet:
             teacher_accuracy (`float`, *optional*): Of its teacher.
             where (`Row`): The set's name and its number of images.
             measured_as (`str`): `calibrated`, `reconstructed` or `student`.
+            stage (`str`): What the student is: `calibrated`, `reconstructed` or `trained`.
             step (`int`, *optional*): Of the training that the student is of.
             in_training (`bool`): Whether it will have further steps, and may come back to this one.
         """
         self.rows["teacher"] = {"accuracy": teacher_accuracy, "agreement": 1.0, "kl": 0.0, **where}
         row = {"accuracy": means.get("accuracy"), "agreement": means["agreement"], "kl": means["kl"], **where}
-        self.rows[measured_as] = row = {**row, "stage": measured_as, "step": step}
+        self.rows[measured_as] = row = {**row, "stage": stage, "step": step}
         if in_training:
             self.by_step[step] = row
         elif measured_as != "student":  # which it may stay, without a training

@@ -41,6 +41,13 @@ class MeasuringMixin:
         before = self._stage or ("calibrated" if self.is_in_train else None)
         return before if before and self.state.global_step == 0 else "student"
 
+    @property
+    def _stage_of_student(self) -> str:
+        """What the student is, also where a training ended with what it began from."""
+        if self._measured_as != "student":
+            return self._measured_as
+        return self._stage or "calibrated" if not self.is_in_train and self.best.is_untrained else "trained"
+
     def measure_layers(self, images: int = 64) -> dict[str, float]:
         """Return how far each layer's output is from the teacher's, in dB, and keep it for the report.
 

@@ -174,7 +174,7 @@ class PublishingMixin:
             name,
             base_model=finetuned_from or self._base_model(),
             results=self.results,
-            training_arguments={name: getattr(self.args, name) for name in CARD_ARGUMENTS},
+            training_arguments=self._card_arguments(),
             datasets=_listed(dataset_tags),
             dataset_name=", ".join(_listed(dataset)) or None,
             license=license,
@@ -186,6 +186,9 @@ class PublishingMixin:
             with_labels=any(extension.reads_labels for extension in self.extensions),
         )
         card.save(os.path.join(folder, "README.md"))
+
+    def _card_arguments(self) -> dict[str, Any] | None:
+        return {name: getattr(self.args, name) for name in CARD_ARGUMENTS} if self.state.global_step else None
 
     def _base_model(self) -> str | None:
         teacher = getattr(self.teacher.models[0], "config", None)

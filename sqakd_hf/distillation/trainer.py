@@ -350,7 +350,15 @@ class SQAKDTrainer(PreparingMixin, MeasuringMixin, PublishingMixin, TrialsMixin,
             where = {"images": output.num_samples, "set": metric_key_prefix}
             measured = self.measurements.on(loader.dataset, metric_key_prefix)
             teacher_accuracy = means.pop("teacher_accuracy", None)
-            measured.add(means, teacher_accuracy, where, self._measured_as, self._step_of_student, self.is_in_train)
+            measured.add(
+                means,
+                teacher_accuracy,
+                where,
+                self._measured_as,
+                self._stage_of_student,
+                self._step_of_student,
+                self.is_in_train,
+            )
             output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
         return output
 

@@ -90,5 +90,5 @@ def test_a_training_never_makes_it_worse(tmp_path, lite0, harms):
     trainer.train()
     calibrated, trained = (log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log)
     assert trained > 4 * calibrated if harms else trained < calibrated
-    assert trainer.kept_calibrated is harms
+    assert trainer.kept_untrained is harms
     assert trainer.evaluate()["eval_loss"] == min(calibrated, trained)

@@ -12,6 +12,7 @@ import torch
 from sqakd_hf import ImageTransform, InputError, build_model, load_model
 from sqakd_hf.cli import distill, evaluate
 from sqakd_hf.hub.model_preprocessing import preprocessing
+from sqakd_hf.reconstruction.state import Progress
 from tests.helpers.models import tiny_vit
 from tests.helpers.paths import ROOT
 
@@ -98,9 +99,9 @@ class TestRun:
     @pytest.mark.parametrize(
         ("arguments", "metric", "greater"),
         [
-            ("", "eval_loss", False),
+            ("", "eval_kl", False),
             ("--objective 2*ce", "eval_accuracy", True),
-            ("--objective ce+kl", "eval_loss", False),
+            ("--objective ce+kl", "eval_kl", False),
             ("--metric_for_best_model eval_agreement --save_strategy epoch", "eval_agreement", True),
             ("--metric_for_best_model accuracy", "eval_accuracy", True),
         ],
@@ -194,9 +195,94 @@ class TestNeverWorse:
     def test_a_harmful_training_ends_with_the_calibrated_student(self, run, trained, tmp_path, capsys):
         results = run(f"--model {trained}/model --dataset {trained}/images --weight_bits 8 --learning_rate 10")
         assert results["student"]["step"] == 0
-        assert {**results["calibrated"], "step": 0} == results["student"]
+        assert {**results["calibrated"], "stage": "calibrated", "step": 0} == results["student"]
         assert "student, as calibrated" in capsys.readouterr().out
         assert "student, as calibrated" in (tmp_path / "output" / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def photographs(trained):
+    """A flat folder of enough images to reconstruct from."""
+    write_noise(trained / "photographs", 64)
+    return trained / "photographs"
+
+
+class TestRecipe:
+    @pytest.mark.parametrize(
+        ("recipe", "reconstructs", "trains", "freezes"),
+        [
+            ("auto", True, True, "auto"),
+            ("paper", False, True, False),
+            ("calibrate", False, False, "auto"),
+            ("reconstruct", True, False, "auto"),
+        ],
+    )
+    def test_it_goes_through_its_stages(
+        self, run, trained, photographs, tmp_path, capsys, recipe, reconstructs, trains, freezes
+    ):
+        results = run(f"--model {trained}/model --dataset {photographs} --recipe {recipe} --weight_bits 3")
+        assert (tmp_path / "output" / distill.RECONSTRUCTION).is_dir() is reconstructs
+        assert (results["student"]["step"] is not None) is trains
+        assert results["arguments"]["training"]["freeze_batch_norm"] == freezes
+        # Each stage that was kept has a line, and the last of them is the student where nothing trained it.
+        stages = [name for name in ("calibrated", "reconstructed") if name in results]
+        table = capsys.readouterr().out
+        assert all(f"{stage} only" in table for stage in stages)
+        if results["student"]["step"] is None:
+            assert results["student"] == {**results[stages[-1]], "stage": stages[-1], "step": None}
+            assert f"student, as {stages[-1]}" in table
+            card = (tmp_path / "output" / "README.md").read_text()
+            assert f"{stages[-1]} " in card.split("##")[0] and "was tried" not in card
+
+    def test_eight_bits_are_not_reconstructed_by_default(self, run, trained, photographs):
+        results = run(f"--model {trained}/model --dataset {photographs} --weight_bits 8 --activation_bits 8")
+        assert "reconstructed" not in results
+
+    def test_a_few_images_are_enough_for_all_but_reconstruction(self, run, trained, caplog):
+        arguments = f"--model {trained}/model --dataset {trained}/images --max_train_images 30"
+        assert "reconstructed" not in run(arguments)
+        assert "Not reconstructed block by block" in caplog.text and "images are too few" in caplog.text
+        with pytest.raises(InputError, match="images are too few"):
+            run(f"{arguments} --recipe reconstruct", output="asked")
+
+    def test_a_run_interrupted_between_blocks_ends_as_one_that_was_not(
+        self, run, trained, photographs, tmp_path, monkeypatch
+    ):
+        arguments = f"--model {trained}/model --dataset {photographs} --seed 3"
+        whole = run(arguments, output="whole")
+        save, units = Progress.save, []
+
+        def save_two(self, number, *args):
+            if number == 2:
+                raise KeyboardInterrupt
+            units.append(number)
+            save(self, number, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Progress, "save", save_two)
+            with pytest.raises(SystemExit, match="saved .*--resume_from_checkpoint last to go on"):
+                run(arguments, output="interrupted")
+        assert units == [0, 1]
+        monkeypatch.setattr(
+            Progress, "save", lambda self, number, *args: units.append(number) or save(self, number, *args)
+        )
+        resumed = run(f"{arguments} --resume_from_checkpoint last", output="interrupted")
+        assert units[:4] == [0, 1, 2, 3]  # the first two were read
+        assert {key: resumed[key] for key in whole if key != "arguments"} == {
+            key: whole[key] for key in whole if key != "arguments"
+        }
+        weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "interrupted")]
+        assert weights[0] == weights[1]
+
+    def test_a_run_that_begins_anew_leaves_the_blocks_of_another(self, run, trained, photographs):
+        arguments = f"--model {trained}/model --dataset {photographs} --recipe reconstruct"
+        run(arguments)
+        run(f"{arguments} --weight_bits 3 --overwrite_output_dir")
+
+    def test_an_unknown_one_is_refused(self, run, tmp_path):
+        with pytest.raises(InputError, match="--recipe must be one of 'auto', 'paper'.*got 'best'"):
+            run("--model timm/test_resnet --recipe best")
+        assert not (tmp_path / "output").exists()
 
 
 def write_noise(folder, count=12):

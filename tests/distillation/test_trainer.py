@@ -177,6 +177,7 @@ class TestFrozenBatchNorm:
     def test_statistics_stay_those_of_the_teacher_and_the_rest_trains(self, tmp_path, freezes):
         trainer = make_trainer(tmp_path, freeze_batch_norm=freezes)
         freezes = freezes not in (False, "false")
+        trainer.calibrate()
         norms = {n: m for n, m in trainer.model.named_modules() if isinstance(m, nn.BatchNorm2d)}
         before = {name: copy.deepcopy(module.state_dict()) for name, module in norms.items()}
         trainer.train()
@@ -402,7 +403,7 @@ class TestFirstCandidate:
         before = trainer.evaluate()
         trainer.train()
 
-        assert trainer.kept_calibrated
+        assert trainer.kept_untrained
         assert "Training did not help" in caplog.text and "eval_loss" in caplog.text
         assert all(torch.equal(tensor, calibrated[name]) for name, tensor in trainer.model.state_dict().items())
         assert trainer.evaluate()["eval_loss"] == before["eval_loss"]
@@ -418,12 +419,12 @@ class TestFirstCandidate:
     def test_a_better_step_is_kept_and_its_own_numbers_are_shown(self, tmp_path):
         trainer = make_trainer(tmp_path, tiny_vit, num_train_epochs=4, **CHOOSES)
         trainer.train()
-        assert not trainer.kept_calibrated
+        assert not trainer.kept_untrained
         logs = {log["step"]: log for log in trainer.state.log_history if "eval_loss" in log}
         best = trainer.state.best_global_step
         assert list(logs)[0] == 0 and best > 0
-        assert trainer.results["calibrated"]["kl"] == logs[0]["eval_loss"]
-        assert trainer.results["student"]["kl"] == logs[best]["eval_loss"]
+        assert trainer.results["calibrated"]["kl"] == logs[0]["eval_kl"]
+        assert trainer.results["student"]["kl"] == logs[best]["eval_kl"]
         assert trainer.results["student"]["step"] == best
 
     def test_it_costs_the_training_no_random_number(self, tmp_path):
@@ -461,11 +462,11 @@ class TestFirstCandidate:
         trainer.calibrate()
         loss, mean = trainer.evaluate()["eval_loss"], norm.running_mean.clone()
         trainer.train()
-        after = trainer.evaluate()["eval_loss"]
-        assert after < loss if helps else after == loss
+        after = trainer.evaluate()
+        assert after["eval_loss"] < loss if helps else after["eval_loss"] == loss
         assert torch.equal(norm.running_mean, mean) is not helps
         assert ("New BatchNorm statistics made the student worse" in caplog.text) is not helps
-        assert trainer.results["student"]["kl"] == after
+        assert trainer.results["student"]["kl"] == after["eval_kl"]
 
     def test_without_held_out_images_one_line_says_that_nothing_is_compared(self, tmp_path, caplog):
         make_trainer(tmp_path).train()
@@ -474,6 +475,57 @@ class TestFirstCandidate:
         caplog.clear()
         make_trainer(tmp_path / "chooses", **CHOOSES).train()
         assert "No held-out images compare" not in caplog.text
+
+
+class TestReconstruct:
+    """Block by block before the training; held-out images decide whether it is kept."""
+
+    def trainer(self, folder, **options):
+        student, teacher = models()
+        args = arguments(folder, **{**CHOOSES, "freeze_batch_norm": "auto", **options})
+        return SQAKDTrainer(student, teacher, args, Images(40), Images(11))
+
+    def test_the_student_learns_and_its_stage_is_shown(self, tmp_path):
+        trainer = self.trainer(tmp_path)
+        trainer.calibrate()
+        before = trainer.evaluate()
+        found = trainer.reconstruct(steps=20)
+        after = trainer.evaluate()
+        assert after["eval_loss"] < before["eval_loss"]
+        assert all(unit.after <= unit.calibrated for unit in found)
+        assert trainer.results["calibrated"]["kl"] == before["eval_kl"]
+        assert trainer.results["reconstructed"]["kl"] == after["eval_kl"]
+        assert trainer.results["student"] == trainer.results["reconstructed"] | {"step": None}
+
+    def test_a_training_begins_from_it_and_returns_to_it(self, tmp_path):
+        trainer = self.trainer(tmp_path, learning_rate=HARMFUL)
+        trainer.reconstruct(steps=20)
+        state = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        trainer.train()
+        assert trainer.kept_untrained
+        assert all(torch.equal(tensor, state[name]) for name, tensor in trainer.model.state_dict().items())
+        assert trainer.results["student"] == trainer.results["reconstructed"] | {"step": 0}
+
+    def test_where_it_does_harm_the_student_stays_as_it_was(self, tmp_path, monkeypatch, caplog):
+        def ruin(model, *args, **kwargs):
+            model.head.weight.data.mul_(-3)
+            model.head.weight_quantizer.step.data.mul_(5)
+
+        monkeypatch.setattr("sqakd_hf.distillation.preparing.reconstruct_model", ruin)
+        trainer = self.trainer(tmp_path)
+        trainer.calibrate()
+        state = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        before = trainer.evaluate()
+        assert trainer.reconstruct() is None
+        assert "Reconstruction did not help: eval_loss" in caplog.text
+        assert all(torch.equal(tensor, state[name]) for name, tensor in trainer.model.state_dict().items())
+        assert trainer.evaluate()["eval_loss"] == before["eval_loss"]
+        assert trainer.results["student"] == trainer.results["calibrated"] | {"step": None}
+
+    def test_without_images_it_is_refused(self, tmp_path):
+        student, teacher = models()
+        with pytest.raises(InputError, match="Reconstruction needs images: pass train_dataset"):
+            SQAKDTrainer(student, teacher, arguments(tmp_path)).reconstruct()
 
 
 @pytest.mark.parametrize(
@@ -610,7 +662,8 @@ class TestModelInit:
         (first, still, third), students, results, rates = zip(*runs, strict=True)
         assert first == third != still
         assert len(set(map(id, students))) == 3
-        assert [result["student"]["kl"] for result in results] == [first, still, third]
+        divergences = [result["student"]["kl"] for result in results]
+        assert divergences[0] == divergences[2] != divergences[1]
         assert rates == ([1e-2, 1e-2, 1e-4], [0.0, 0.0, 0.0], [1e-2, 1e-2, 1e-4])  # the ranges' follows
         assert {path.name for path in tmp_path.iterdir()} == {"run-0", "run-1", "run-2"}
 
