@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import HfArgumentParser, PreTrainedModel, set_seed
+from transformers import EarlyStoppingCallback, HfArgumentParser, PreTrainedModel, set_seed
 
 from ..conversion.convert import quantize_model
 from ..conversion.planner import plan_quantization
@@ -40,6 +40,7 @@ from ..hub.preprocessing import Preprocessing, image_processor
 from ..reporting.tables import results_table
 from ..reporting.training_record import to_json
 from ..research.objective import parse_objective, reads_labels
+from .allocator import keep_freed_memory
 from .distill_arguments import GIVEN, IMAGE_SIZES, DistillationArguments, Recipe, ScriptArguments, set_defaults
 from .quantization_arguments import QuantizationArguments
 from .students import class_names
@@ -49,11 +50,12 @@ from .teachers import accuracy, coupled_adam, get_teacher, train_teacher
 logger = logging.getLogger(__name__)
 
 RESULT_KEYS = ("accuracy", "agreement", "kl")
-RECONSTRUCTION = "checkpoint-reconstruction"  # of blocks that are finished, in the output folder
+RECONSTRUCTION = "_reconstruction"  # in the output folder: blocks that are finished
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the command."""
+    keep_freed_memory()
     kinds = (ScriptArguments, QuantizationArguments, DistillationArguments)
     parser = HfArgumentParser(
         kinds,
@@ -131,7 +133,7 @@ def distil(
     set_seed(args.seed)
     teacher, origin = get_teacher(script, args, data)
     recipe = Recipe.of(script.recipe, origin, config)
-    set_defaults(args, given, recipe, config.weight_bits)
+    set_defaults(args, given, recipe, config.weight_bits, teacher)
     data = data.numbered_like(class_names(teacher))
     plan = plan_quantization(teacher, config)  # a pattern that matches nothing is better found before the training
     transform = image_transform(script, teacher)
@@ -166,7 +168,11 @@ def distil(
     if recipe.reconstructs and reconstruct(trainer, script):
         results["reconstructed"] = evaluate(trainer, test)
     if recipe.trains:
+        if recipe.stops_early and args.load_best_model_at_end and not {"num_train_epochs", "max_steps"} & given:
+            # Now, since it would look for its metric in evaluations of other images as well.
+            trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=1))
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.remove_callback(EarlyStoppingCallback)
         if interrupt.interrupted:
             raise KeyboardInterrupt
     kept = evaluate(trainer, test), trainer.results["student"]

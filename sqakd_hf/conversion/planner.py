@@ -208,7 +208,7 @@ def _plan_layer(
     if reason is not None:
         return LayerPlan(**base, skipped=reason)
     options = config.layer_options()
-    if _is_depthwise(module):
+    if is_depthwise(module):
         options |= config.depthwise_options()
     if is_edge and config.first_last_bits is not None:
         options["weight_bits"] = config.first_last_bits
@@ -226,7 +226,7 @@ def _plan_layer(
     )
 
 
-def _is_depthwise(module: nn.Module) -> bool:
+def is_depthwise(module: nn.Module) -> bool:
     """Tell whether a convolution has one filter for each channel."""
     groups = getattr(module, "groups", 1)
     return isinstance(groups, int) and 1 < groups == getattr(module, "in_channels", None)

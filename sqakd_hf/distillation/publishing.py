@@ -45,6 +45,7 @@ CARD_ARGUMENTS = (
     "seed",
     "bf16",
     "fp16",
+    "channels_last",
     "reestimate_batch_norm",
     "freeze_batch_norm",
     "oscillation_dampening",

@@ -508,8 +508,8 @@ class TestReconstruct:
 
     def test_where_it_does_harm_the_student_stays_as_it_was(self, tmp_path, monkeypatch, caplog):
         def ruin(model, *args, **kwargs):
-            model.head.weight.data.mul_(-3)
-            model.head.weight_quantizer.step.data.mul_(5)
+            model.head.weight.data.neg_()
+            model.head.input_quantizer.scale.data.mul_(5)
 
         monkeypatch.setattr("sqakd_hf.distillation.preparing.reconstruct_model", ruin)
         trainer = self.trainer(tmp_path)
