@@ -133,6 +133,8 @@ def distil(
     set_seed(args.seed)
     teacher, origin = get_teacher(script, args, data)
     recipe = Recipe.of(script.recipe, origin, config)
+    if recipe.keeps_statistics:
+        config = quantization.with_given_teacher()
     set_defaults(args, given, recipe, config.weight_bits, teacher)
     data = data.numbered_like(class_names(teacher))
     plan = plan_quantization(teacher, config)  # a pattern that matches nothing is better found before the training

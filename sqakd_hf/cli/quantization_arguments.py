@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from transformers import HfArgumentParser
@@ -33,7 +33,8 @@ class QuantizationArguments:
         metadata={"help": "1 to 8 for depthwise convolutions, auto for 8 where 4 or fewer were asked, or none"},
     )
     activation_quantizer: str = field(
-        default="none", metadata={"help": "another quantizer for activations, such as lsq+, or none"}
+        default="auto",
+        metadata={"help": "another quantizer for activations, or none; auto: lsq+ where lsq meets a given teacher"},
     )
     per_channel: bool = field(default=True, metadata={"help": "one weight range per output channel"})
     integer_zero_point: bool = field(default=True, metadata={"help": "keep zero exactly on the activations' grid"})
@@ -42,15 +43,24 @@ class QuantizationArguments:
     quantizer_kwargs: str = field(default="{}", metadata={"help": 'JSON options of the quantizer: {"delta": 0.01}'})
 
     def to_config(self) -> QuantizationConfig:
-        """Return the configuration that the arguments describe."""
+        """Return the configuration that the arguments describe, whatever the teacher."""
         options = asdict(self)
         names = [name for name in options if name.endswith("_bits")]
         for name in (*names, "activation_quantizer"):
             text = options[name]
             options[name] = None if text.lower() == "none" else int(text) if text.isdecimal() else text
+        if self.activation_quantizer == "auto":
+            options["activation_quantizer"] = None
         for name in ("overrides", "quantizer_kwargs"):
             options[name] = parse_json(name, options[name])
         return QuantizationConfig(**options)
+
+    def with_given_teacher(self) -> QuantizationConfig:
+        """Return the configuration for a trained network, whose inputs that are negative at times want both ends."""
+        config = self.to_config()
+        if self.activation_quantizer == "auto" and config.quantizer == "lsq":
+            return replace(config, activation_quantizer="lsq+")
+        return config
 
 
 def parse_with_quantization(

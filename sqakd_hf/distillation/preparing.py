@@ -41,7 +41,7 @@ class PreparingMixin:
         self._stage = "calibrated"
 
     def reconstruct(
-        self, *, steps: int = 100, images: int = 1024, checkpoint_dir: str | Path | None = None
+        self, *, steps: int = 100, images: int = 512, checkpoint_dir: str | Path | None = None
     ) -> Reconstruction | None:
         """Let each block of the student learn to put out what the teacher's does, by [`reconstruct_model`].
 
@@ -50,7 +50,7 @@ class PreparingMixin:
 
         Args:
             steps (`int`, *optional*, defaults to 100): Updates of each block.
-            images (`int`, *optional*, defaults to 1024): So many of the training images, or all where there are less.
+            images (`int`, *optional*, defaults to 512): So many of the training images, or all where there are less.
                 Several processes share them.
             checkpoint_dir (`str` or `Path`, *optional*): A folder for finished blocks: an interrupted call goes on
                 behind the last of them. On one process.
