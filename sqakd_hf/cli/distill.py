@@ -25,6 +25,7 @@ import torch
 import transformers
 from transformers import EarlyStoppingCallback, HfArgumentParser, PreTrainedModel, set_seed
 
+from ..conversion.config import QuantizationConfig
 from ..conversion.convert import quantize_model
 from ..conversion.planner import plan_quantization
 from ..data.dataset import ImageData, load_image_data
@@ -41,7 +42,16 @@ from ..reporting.tables import results_table
 from ..reporting.training_record import to_json
 from ..research.objective import parse_objective, reads_labels
 from .allocator import keep_freed_memory
-from .distill_arguments import GIVEN, IMAGE_SIZES, DistillationArguments, Recipe, ScriptArguments, set_defaults
+from .distill_arguments import (
+    GIVEN,
+    IMAGE_SIZES,
+    LOSSLESS_BITS,
+    LOSSLESS_KL,
+    DistillationArguments,
+    Recipe,
+    ScriptArguments,
+    set_defaults,
+)
 from .quantization_arguments import QuantizationArguments
 from .students import class_names
 from .teachers import accuracy, coupled_adam, get_teacher, train_teacher
@@ -132,7 +142,7 @@ def distil(
 
     set_seed(args.seed)
     teacher, origin = get_teacher(script, args, data)
-    recipe = Recipe.of(script.recipe, origin, config)
+    recipe = Recipe.of(script.recipe, origin)
     if recipe.keeps_statistics:
         config = quantization.with_given_teacher()
     set_defaults(args, given, recipe, config.weight_bits, teacher)
@@ -167,10 +177,12 @@ def distil(
         print(student.quantization_plan, flush=True)
     results["calibrated"] = evaluate(trainer, test)
     trainer.measure_layers()
+    if recipe.by_need and is_lossless(trainer, config):
+        recipe = replace(recipe, reconstructs=False, trains=False)
     if recipe.reconstructs and reconstruct(trainer, script):
         results["reconstructed"] = evaluate(trainer, test)
     if recipe.trains:
-        if recipe.stops_early and args.load_best_model_at_end and not {"num_train_epochs", "max_steps"} & given:
+        if recipe.by_need and args.load_best_model_at_end and not {"num_train_epochs", "max_steps"} & given:
             # Now, since it would look for its metric in evaluations of other images as well.
             trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=1))
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -240,6 +252,17 @@ def image_transform(script: ScriptArguments, model: PreTrainedModel):
         )
 
     return make
+
+
+def is_lossless(trainer: SQAKDTrainer, config: QuantizationConfig) -> bool:
+    """Tell whether a calibrated student of many bits is so near to its teacher that there is nothing to gain."""
+    bits = min(config.weight_bits, config.activation_bits or LOSSLESS_BITS)
+    if bits < LOSSLESS_BITS or trainer.eval_dataset is None:
+        return False
+    divergence = trainer.evaluate()["eval_kl"]
+    if divergence <= LOSSLESS_KL:
+        logger.info("Calibration is enough: the KL divergence on held-out images is %.4f.", divergence)
+    return divergence <= LOSSLESS_KL
 
 
 def reconstruct(trainer: SQAKDTrainer, script: ScriptArguments) -> bool:

@@ -8,7 +8,6 @@ import torch
 from transformers import PreTrainedModel
 
 from .._text import quote
-from ..conversion.config import QuantizationConfig
 from ..conversion.planner import is_depthwise
 from ..data.transforms import AUGMENTATIONS
 from ..distillation.publishing import ARGUMENTS_FILE
@@ -20,8 +19,8 @@ from ..errors import InputError
 GIVEN, FINE_TUNED, FROM_SCRATCH = "given", "fine-tuned", "from scratch"
 
 RECIPES = ("auto", "paper", "calibrate", "reconstruct")
-# Without block-wise reconstruction nothing below it is near to the float network.
-LOSSLESS_BITS = 8
+# Students of so many bits that are so near to their teacher after calibration (`eval_kl`) are left there.
+LOSSLESS_BITS, LOSSLESS_KL = 8, 0.02
 
 
 # The learning rate times the number of steps between a weight's codes; 1e-3 at 2 bits.
@@ -125,24 +124,24 @@ class Recipe:
             changed.
         reconstructs (`bool`): Whether each block learns to put out what the teacher's does.
         trains (`bool`): Whether the student learns its teacher's logits.
-        stops_early (`bool`): Whether that ends with the first epoch that does not help.
+        by_need (`bool`): Whether both are left out where calibration is enough, and training ends with the first epoch
+            that does not help.
     """
 
     keeps_statistics: bool
     reconstructs: bool
     trains: bool
-    stops_early: bool = False
+    by_need: bool = False
 
     @classmethod
-    def of(cls, name: str, origin: str, config: QuantizationConfig) -> "Recipe":
+    def of(cls, name: str, origin: str) -> "Recipe":
         """Return the recipe of that name, for a teacher of that origin.
 
         A teacher that is given was trained on other images than the student will be: block by block, and with
         BatchNorm's statistics kept, a few photographs are enough.
         """
-        bits = min(config.weight_bits, config.activation_bits or LOSSLESS_BITS)
         return {
-            "auto": cls(origin == GIVEN, origin == GIVEN and bits < LOSSLESS_BITS, True, origin == GIVEN),
+            "auto": cls(True, True, True, by_need=True) if origin == GIVEN else cls(False, False, True),
             "paper": cls(False, False, True),
             "calibrate": cls(True, False, False),
             "reconstruct": cls(True, True, False),

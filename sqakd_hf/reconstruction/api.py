@@ -25,7 +25,7 @@ from ..conversion.trace import evaluating
 from ..errors import InputError
 from ..layers.quantized_layer import QuantizedLayer
 from . import processes
-from .calibration import calibrate_unit
+from .calibration import STATISTICS_IMAGES, calibrate_unit
 from .inputs import Store
 from .state import Progress, UnitResult, digest_of, unchanged_on_error
 from .training import reconstruct_units
@@ -75,7 +75,8 @@ def calibrate_model(
     Args:
         model (`nn.Module`): A model after [`quantize_model`].
         batches (`Iterable`): Images as tensors `(B, C, H, W)`, or dicts with `pixel_values` (and `pixel_mask`, where
-            the model takes one); without labels. A few hundred images are enough. An iterator is kept in memory.
+            the model takes one); without labels. A few hundred images are enough: with a teacher, the first 256 are
+            used, and fewer than 32 are poor. An iterator is kept in memory.
         teacher (`nn.Module`, *optional*): See above.
         reestimate_batch_norm (`bool`, *optional*, defaults to `False`): See above; not with a teacher.
         memory_budget (`int`, *optional*): Bytes for what units take and put out, with a teacher; beyond it lies in
@@ -102,7 +103,14 @@ def calibrate_model(
         return
     if isinstance(batches, torch.Tensor):
         raise InputError(f"batches must be an iterable of image batches, got one tensor {tuple(batches.shape)}.")
-    images = Images(batches, model)
+    images = Images(batches, model, STATISTICS_IMAGES)
+    if len(images) < FEWEST_IMAGES:
+        logger.warning(
+            "%d images are few: statistics and ranges will be those of these very images. Pass %d or more, better a "
+            "few hundred; labels are not needed.",
+            len(images),
+            FEWEST_IMAGES,
+        )
     with unchanged_on_error(model):
         _set_first_ranges(model, images)
         with evaluating(model), evaluating(teacher), Store(memory_budget) as store:

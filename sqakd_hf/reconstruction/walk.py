@@ -21,12 +21,18 @@ class Images:
         batches (`torch.Tensor` or `Iterable`): Images `(B, C, H, W)`, an iterable of such batches, or of dicts with
             `pixel_values` (and `pixel_mask`, where the model takes one).
         model (`nn.Module`): The chunks come on its device and in its dtype.
+        most (`int`, *optional*): So many of them, from the first on; all by default.
 
     Raises:
         `InputError`: No images, or something else.
     """
 
-    def __init__(self, batches: torch.Tensor | Iterable[torch.Tensor | Mapping[str, Any]], model: nn.Module):
+    def __init__(
+        self,
+        batches: torch.Tensor | Iterable[torch.Tensor | Mapping[str, Any]],
+        model: nn.Module,
+        most: int | None = None,
+    ):
         batches = [batches] if isinstance(batches, torch.Tensor | Mapping) else list(batches)
         tensors: dict[str, list[torch.Tensor]] = {}
         for batch in batches:
@@ -43,7 +49,7 @@ class Images:
         if not tensors or not sum(len(rows) for rows in tensors["pixel_values"]):
             raise InputError("There are no images: pass a tensor (B, C, H, W) or an iterable of such batches.")
         try:
-            self._tensors = {name: torch.cat(rows) for name, rows in tensors.items()}
+            self._tensors = {name: torch.cat(rows)[:most] for name, rows in tensors.items()}
         except RuntimeError as error:
             shapes = sorted({tuple(rows.shape[1:]) for rows in tensors["pixel_values"]})
             raise InputError(f"All images must have one size, got {shapes}.") from error
