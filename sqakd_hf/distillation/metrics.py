@@ -59,10 +59,10 @@ class TeacherAgreement(evaluate.Metric):
 
 
 class TeacherDivergence(evaluate.Metric):
-    """Mean [`distillation_loss`] of the student from its teacher; needs no label.
+    """Mean KL divergence of the student from its teacher, `KL(teacher ‖ student)`; needs no label.
 
-    `compute(predictions=student logits (N, K), references=teacher logits (N, K), temperature=4.0)` returns
-    `{"kl": float}`.
+    `compute(predictions=student logits (N, K), references=teacher logits (N, K), temperature=1.0)` returns
+    `{"kl": float}`; at another temperature `T` it is [`distillation_loss`], `T²` times the divergence there.
 
     Examples:
         >>> TeacherDivergence().compute(predictions=[[0.0, 1.0]], references=[[0.0, 1.0]])
@@ -70,9 +70,9 @@ class TeacherDivergence(evaluate.Metric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        return _info("Kullback-Leibler divergence of a student from its teacher, times T².", _LOGITS)
+        return _info("Kullback-Leibler divergence of a student from its teacher.", _LOGITS)
 
-    def _compute(self, predictions: list, references: list, temperature: float = 4.0) -> dict[str, float]:
+    def _compute(self, predictions: list, references: list, temperature: float = 1.0) -> dict[str, float]:
         student, teacher = _distributions(predictions), _distributions(references)
         return {"kl": distillation_loss(student, teacher, temperature).item()}
 
