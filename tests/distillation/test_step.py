@@ -73,7 +73,12 @@ def _fake(mode, tensor):
 @pytest.mark.process
 class TestCompiled:
     @pytest.mark.parametrize(
-        ("name", "quantizer"), [("conv net", "lsq"), ("conv net", "ewgs"), ("transformers vit", "lsq")]
+        ("name", "quantizer"),
+        [
+            ("conv net", "lsq"),
+            pytest.param("conv net", "ewgs", marks=pytest.mark.slow),
+            pytest.param("transformers vit", "lsq", marks=pytest.mark.slow),  # a minute
+        ],
     )
     def test_the_whole_student_is_one_graph_and_new_batch_sizes_one_more(self, name, quantizer):
         student, images = student_of(name, count=12, quantizer=quantizer)
