@@ -196,10 +196,11 @@ class QuantizationPlan:
                 end = ("float", f"({layer.skipped})", "", "")
             elif layer.weight_bits is None:
                 what = "output, added" if layer in self.residuals else "q, k, v and softmax"
-                end = (f"A{layer.activation_bits}", layer.quantizer, "", what)
+                end = (f"A{layer.activation_bits}", layer.activation_quantizer or layer.quantizer, "", what)
             else:
                 ranges = "per channel" if layer.per_channel else "per tensor"
-                end = (bits_of(layer), layer.quantizer, ranges, _INPUT[layer.activation_bits and layer.signed_input])
+                names = " / ".join(dict.fromkeys([layer.quantizer, layer.activation_quantizer or layer.quantizer]))
+                end = (bits_of(layer), names, ranges, _INPUT[layer.activation_bits and layer.signed_input])
             macs = "" if layer.macs is None else _count(layer.macs)
             weights = f"{layer.num_weights:,}" if layer.num_weights else ""
             rows.append((layer.name, layer.layer_type, weights, macs, *end))

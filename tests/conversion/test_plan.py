@@ -465,6 +465,11 @@ class TestText:
         assert "layer4.1.conv2         Conv2d  2,359,296  115.6 M  W2A2  lsq        per channel" in text
         assert "\n21 layers: 19 at W2A2, 2 at W8A8\n" in text
 
+    def test_an_own_quantizer_of_activations_is_named(self, conv_net):
+        config = QuantizationConfig(activation_quantizer="lsq+", overrides={"head": {"activation_quantizer": "lsq"}})
+        lines = {line.split()[0]: line for line in str(plan_quantization(conv_net, config)).splitlines()}
+        assert "lsq / lsq+" in lines["body.0"] and "lsq+" not in lines["head"]
+
     def test_summary_puts_the_most_frequent_first(self, conv_net):
         plan = plan_quantization(conv_net, QuantizationConfig(overrides={"head": {"weight_bits": 2}}))
         assert plan.summary() == "4 layers: 2 at W2A2, 1 at W8A8, 1 at W2A8"

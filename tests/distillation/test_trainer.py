@@ -522,6 +522,19 @@ class TestReconstruct:
         assert trainer.evaluate()["eval_loss"] == before["eval_loss"]
         assert trainer.results["student"] == trainer.results["calibrated"] | {"step": None}
 
+    def test_processes_share_the_images_evenly(self, tmp_path, monkeypatch):
+        trainer = self.trainer(tmp_path)
+        whole = [batch["pixel_values"] for batch in trainer._own_share(40)]
+        monkeypatch.setattr(type(trainer.args), "world_size", 3)
+        shares = []
+        for rank in range(3):
+            monkeypatch.setattr(type(trainer.args), "process_index", rank)
+            shares.append([batch["pixel_values"] for batch in trainer._own_share(40)])
+        assert len({sum(map(len, share)) for share in shares}) == 1
+        for batch, *parts in zip(whole, *shares, strict=True):
+            joined = torch.cat(parts)
+            assert torch.equal(joined, batch[: len(joined)]) and len(batch) - len(joined) < 3
+
     def test_without_images_it_is_refused(self, tmp_path):
         student, teacher = models()
         with pytest.raises(InputError, match="Reconstruction needs images: pass train_dataset"):
