@@ -50,6 +50,7 @@ from .distill_arguments import (
     DistillationArguments,
     Recipe,
     ScriptArguments,
+    seconds_of,
     set_defaults,
 )
 from .quantization_arguments import QuantizationArguments
@@ -272,7 +273,8 @@ def reconstruct(trainer: SQAKDTrainer, script: ScriptArguments) -> bool:
     """
     folder = None if trainer.args.world_size > 1 else Path(trainer.args.output_dir, RECONSTRUCTION)
     try:
-        return trainer.reconstruct(checkpoint_dir=folder) is not None
+        budget = None if script.time_budget is None else seconds_of(script.time_budget)
+        return trainer.reconstruct(time_budget=budget, checkpoint_dir=folder) is not None
     except InputError as error:
         if script.recipe == "reconstruct":
             raise

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +30,14 @@ RATE_IN_STEPS = 3e-3
 
 # Small images train a small network in a minute; everything else uses the model's own size.
 IMAGE_SIZES = {"digits": 32, "fashion_mnist": 32}
+
+
+def seconds_of(time: str) -> float:
+    """Return the seconds of a time such as `90s`, `10m` or `1h`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", time)
+    if match is None or not float(match[1]):
+        raise InputError(f"--time_budget must be a time such as 90s, 10m or 1h, got {time!r}.")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 @dataclass
@@ -89,11 +98,19 @@ class ScriptArguments:
             "they help on the held-out images, else as paper"
         },
     )
+    time_budget: str | None = field(
+        default=None,
+        metadata={"help": "time for the reconstruction, such as 90s, 10m or 1h; default: 100 updates a block"},
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "write into a folder that is not empty"})
 
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
             raise InputError(f"--recipe must be one of {quote(RECIPES)}, got {self.recipe!r}.")
+        if self.time_budget is not None and self.recipe in ("paper", "calibrate"):
+            raise InputError(f"--time_budget is of the reconstruction, which --recipe {self.recipe} leaves out.")
+        if self.time_budget is not None:
+            seconds_of(self.time_budget)
 
 
 @dataclass

@@ -41,7 +41,12 @@ class PreparingMixin:
         self._stage = "calibrated"
 
     def reconstruct(
-        self, *, steps: int = 100, images: int = 512, checkpoint_dir: str | Path | None = None
+        self,
+        *,
+        steps: int = 100,
+        time_budget: float | None = None,
+        images: int = 512,
+        checkpoint_dir: str | Path | None = None,
     ) -> Reconstruction | None:
         """Let each block of the student learn to put out what the teacher's does, by [`reconstruct_model`].
 
@@ -50,6 +55,7 @@ class PreparingMixin:
 
         Args:
             steps (`int`, *optional*, defaults to 100): Updates of each block.
+            time_budget (`float`, *optional*): Seconds, in the place of `steps`, see [`reconstruct_model`].
             images (`int`, *optional*, defaults to 512): So many of the training images, or all where there are less.
                 Several processes share them.
             checkpoint_dir (`str` or `Path`, *optional*): A folder for finished blocks: an interrupted call goes on
@@ -71,6 +77,7 @@ class PreparingMixin:
                 self.teacher.models[0] if len(self.teacher.models) == 1 else self.teacher.models,
                 self._own_share(images),
                 steps=steps,
+                time_budget=time_budget,
                 seed=self.args.seed,
                 checkpoint_dir=checkpoint_dir,
                 disable_progress=not self.is_world_process_zero(),

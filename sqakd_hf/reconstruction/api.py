@@ -28,6 +28,7 @@ from . import processes
 from .calibration import STATISTICS_IMAGES, calibrate_unit
 from .inputs import Store
 from .state import Progress, UnitResult, digest_of, unchanged_on_error
+from .time_budget import steps_within
 from .training import reconstruct_units
 from .units import Unit, find_units, require_units
 from .walk import Images, walk
@@ -154,7 +155,8 @@ def reconstruct_model(
     teacher: nn.Module,
     images: torch.Tensor | Batches,
     *,
-    steps: int = 150,
+    steps: int = 100,
+    time_budget: float | None = None,
     batch_size: int = 16,
     units: Sequence[str] | None = None,
     seed: int = 0,
@@ -184,7 +186,10 @@ def reconstruct_model(
             shape.
         images (`torch.Tensor` or `Iterable`): As for [`calibrate_model`], or all in one tensor; several hundred, of
             any kind that the network knows.
-        steps (`int`, *optional*, defaults to 150): Updates of each unit.
+        steps (`int`, *optional*, defaults to 100): Updates of each unit.
+        time_budget (`float`, *optional*): Seconds; in the place of `steps`, as many updates as fit into this time on
+            this machine, by timing a few of each unit. The number is logged, and kept in `checkpoint_dir`: an
+            interrupted reconstruction goes on with it.
         batch_size (`int`, *optional*, defaults to 16): Images of each update.
         units (`list[str]`, *optional*): Patterns of modules that are blocks, see [`QuantizationConfig`]. By default
             they are found, see [`~sqakd_hf.reconstruction.units.find_units`].
@@ -204,6 +209,8 @@ def reconstruct_model(
     """
     check_integer(steps, "steps")
     check_integer(batch_size, "batch_size")
+    if time_budget is not None and not 0 < time_budget < float("inf"):
+        raise InputError(f"time_budget must be a positive number of seconds, got {time_budget!r}.")
     require_planned_layers(model)
     if not quantized_layers(model):
         raise InputError("The model has no quantized layer. Call quantize_model(model, config) first.")
@@ -228,7 +235,8 @@ def reconstruct_model(
                     "student": digest_of([*model.state_dict().values()]),
                     "teacher": digest_of([*teacher.state_dict().values()]),
                     "images": images.digest(),
-                    "steps": steps,
+                    "steps": steps if time_budget is None else None,
+                    "time_budget": time_budget,
                     "batch_size": batch_size,
                     "units": None if units is None else list(units),
                     "seed": seed,
@@ -238,6 +246,8 @@ def reconstruct_model(
             _set_first_ranges(model, images)
         with evaluating(model), evaluating(teacher):
             found = _units(model, teacher, images, units)
+            if time_budget is not None:
+                steps = _steps_within(time_budget, found, model, teacher, images, batch_size, progress)
             with tqdm(total=len(found), desc="Reconstructing", unit="unit", disable=disable_progress) as bar:
 
                 def show(result: UnitResult) -> None:
@@ -258,6 +268,27 @@ def reconstruct_model(
                 )
         record_signedness(model)
     return Reconstruction(tuple(results))
+
+
+def _steps_within(
+    seconds: float,
+    units: list[Unit],
+    model: nn.Module,
+    teacher: nn.Module,
+    images: Images,
+    batch_size: int,
+    progress: Progress | None,
+) -> int:
+    """Return how many updates fit into a time: as many as the interrupted run had, and as every other process has."""
+    steps = None if progress is None else progress.steps
+    if steps is None:
+        steps = steps_within(seconds, units, model, teacher, images, batch_size)
+    number = torch.tensor(steps, device=device_of(model))
+    processes.take_from_first([number])
+    if progress is not None:
+        progress.steps = int(number)
+    logger.info("%d updates of each of %d units, to take about %.0f minutes.", number, len(units), seconds / 60)
+    return int(number)
 
 
 def _set_first_ranges(model: nn.Module, images: Images) -> None:

@@ -115,6 +115,7 @@ class Progress:
     """
 
     _RUN = "reconstruction.json"
+    _STEPS = "steps.json"
 
     def __init__(self, folder: str | Path, run: dict[str, Any]):
         self.folder = Path(folder)
@@ -133,6 +134,16 @@ class Progress:
                 )
         else:
             _write(path, json.dumps(run, indent=1).encode())
+
+    @property
+    def steps(self) -> int | None:
+        """The number of updates that was found by timing, `None` before that."""
+        path = self.folder / self._STEPS
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        _write(self.folder / self._STEPS, json.dumps(steps).encode())
 
     def save(self, number: int, unit: Unit, student: nn.Module, result: UnitResult) -> None:
         """Keep a finished unit."""

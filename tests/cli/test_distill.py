@@ -281,6 +281,23 @@ class TestRecipe:
         run(arguments)
         run(f"{arguments} --weight_bits 3 --overwrite_output_dir")
 
+    def test_a_time_becomes_a_number_of_updates(self, run, trained, photographs, tmp_path, caplog):
+        run(f"--model {trained}/model --dataset {photographs} --recipe reconstruct --time_budget 0.1s")
+        assert "10 updates of each of" in caplog.text
+        assert json.loads((tmp_path / "output" / distill.RECONSTRUCTION / "steps.json").read_text()) == 10
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ("--time_budget 10", "must be a time such as 90s, 10m or 1h, got '10'"),
+            ("--time_budget 0m", "must be a time such as"),
+            ("--time_budget 5m --recipe paper", "of the reconstruction, which --recipe paper leaves out"),
+        ],
+    )
+    def test_a_time_that_means_nothing_is_refused(self, run, arguments, message):
+        with pytest.raises(InputError, match=message):
+            run(f"--model timm/test_resnet {arguments}")
+
     def test_an_unknown_one_is_refused(self, run, tmp_path):
         with pytest.raises(InputError, match="--recipe must be one of 'auto', 'paper'.*got 'best'"):
             run("--model timm/test_resnet --recipe best")

@@ -1,5 +1,6 @@
 import copy
 import re
+import time
 
 import pytest
 import timm
@@ -22,8 +23,10 @@ from sqakd_hf.reconstruction import state as state_module
 from sqakd_hf.reconstruction.batch_norm import ChannelStatistics, match_statistics
 from sqakd_hf.reconstruction.inputs import UnitInputs
 from sqakd_hf.reconstruction.optimizer import RANGE_RATE, RatedAdam, rated_parameters
+from sqakd_hf.reconstruction.time_budget import FEWEST_STEPS, MOST_STEPS, steps_within
 from sqakd_hf.reconstruction.training import settle_weights
 from sqakd_hf.reconstruction.units import find_units
+from sqakd_hf.reconstruction.walk import Images
 from sqakd_hf.reconstruction.windows import SIDE, find_window
 from tests.helpers.models import CLASSES, TinyConvNet, tiny_vit
 from tests.test_left_as_it_was import model_state
@@ -379,6 +382,45 @@ def assert_left(model, before):
     assert before == after
 
 
+class TestTimeBudget:
+    def test_its_updates_are_found_by_timing_and_leave_the_student_alone(self, monkeypatch):
+        teacher = resnet()
+        student = student_of(teacher)
+        calibrate_model(student, [photographs()], teacher=teacher, disable_progress=True)
+        images = Images(photographs(), student)
+        units = find_units(teacher, list(quantized_layers(student)), images.first())
+        before, state = model_state(student), torch.get_rng_state()
+        steps = [steps_within(seconds, units, student, teacher, images, 8) for seconds in (1e-3, 20.0, 1e6)]
+        assert_left(student, before)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert steps[0] == FEWEST_STEPS < steps[1] <= steps[2] == MOST_STEPS
+
+    def test_it_is_about_kept(self):
+        teacher = resnet()
+        student = student_of(teacher)
+        start = time.perf_counter()
+        reconstruct(student, teacher, time_budget=8.0)
+        assert 1 < time.perf_counter() - start < 40  # other programs run as well
+
+    def test_an_interrupted_one_goes_on_with_its_number(self, tmp_path, monkeypatch, caplog):
+        teacher = resnet()
+        whole, student = student_of(teacher), student_of(teacher)
+        reconstruct(whole, teacher, steps=5)
+        save = state_module.Progress.save
+
+        def save_one(self, number, *args):
+            if number:
+                raise KeyboardInterrupt
+            save(self, number, *args)
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr("sqakd_hf.reconstruction.api.steps_within", lambda *args: 5)
+            patched.setattr(state_module.Progress, "save", save_one)
+            reconstruct(student, teacher, time_budget=60.0, checkpoint_dir=tmp_path)
+        reconstruct(student, teacher, time_budget=60.0, checkpoint_dir=tmp_path)
+        assert same(student, whole)
+
+
 class TestWindows:
     def test_are_found_where_the_float_unit_is_local(self):
         teacher = resnet()
@@ -451,6 +493,7 @@ class TestBadInput:
             ({"images": [photographs(20), photographs(20, 14)]}, "All images must have one size"),
             ({"units": ["layer9"]}, "units: the pattern 'layer9' matches no layer"),
             ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
+            ({"time_budget": 0}, "time_budget must be a positive number of seconds, got 0"),
             ({"teacher": TinyConvNet()}, "the teacher has other parameters than the student"),
             ({"teacher": student_of(resnet())}, "the teacher is quantized itself"),
         ],
