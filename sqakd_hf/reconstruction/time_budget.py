@@ -22,6 +22,7 @@ FEWEST_STEPS, MOST_STEPS = 10, 2000
 _CALIBRATIONS = 3
 
 
+@torch.no_grad()
 def steps_within(
     seconds: float, units: Sequence[Unit], student: nn.Module, teacher: nn.Module, images: Images, batch_size: int
 ) -> int:
