@@ -56,7 +56,7 @@ def main() -> None:
             source = f"--teacher {teacher}" if teacher.exists() else "--teacher_epochs 6"
             arguments = (
                 f"--model {options.model} --seed {seed} --quantizer {quantizer} --weight_bits {bits} "
-                f"--activation_bits {bits} --teacher_learning_rate 5e-3 {source}"
+                f"--activation_bits {bits} --teacher_learning_rate 5e-3 --recipe paper {source}"
             )
             if precision == "bf16":
                 arguments += f" --bf16 true --use_cpu {not torch.cuda.is_available()}"

@@ -53,7 +53,7 @@ def main() -> None:
             "--model timm/test_resnet --dataset fashion_mnist --image_size 28 --max_train_images 10000 "
             "--max_test_images 2000 --teacher_epochs 6 --teacher_learning_rate 5e-3 --max_steps -1 "
             "--num_train_epochs 0.01 --disable_tqdm true --overwrite_output_dir --validation_fraction 0 "
-            "--save_strategy no"
+            "--save_strategy no --recipe paper"
         )
         command = [sys.executable, str(SCRIPT), *arguments.split(), "--output_dir", str(teacher.parent)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -33,3 +33,11 @@ def vit() -> PreTrainedModel:
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.randn(12, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def freed_memory_goes_back():
+    """The command tells the C library to keep what is freed; a process that runs other tests after it shall not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sqakd_hf.cli.distill.keep_freed_memory", lambda: None)
+        yield

@@ -43,7 +43,6 @@ from ..reporting.training_record import to_json
 from ..research.objective import parse_objective, reads_labels
 from .allocator import keep_freed_memory
 from .distill_arguments import (
-    GIVEN,
     IMAGE_SIZES,
     LOSSLESS_BITS,
     LOSSLESS_KL,
@@ -127,7 +126,8 @@ def distil(
 ) -> None:
     if script.num_threads:
         torch.set_num_threads(script.num_threads)
-    config = quantization.to_config()
+    recipe = Recipe.of(script.recipe)
+    config = quantization.to_config(affine_activations=recipe.keeps_statistics)
     output = Path(args.output_dir)
 
     data = load_image_data(
@@ -142,10 +142,7 @@ def distil(
     data = with_validation_images(data, script, args, given)
 
     set_seed(args.seed)
-    teacher, origin = get_teacher(script, args, data)
-    recipe = Recipe.of(script.recipe, origin)
-    if recipe.keeps_statistics:
-        config = quantization.with_given_teacher()
+    teacher, is_trained = get_teacher(script, args, data)
     set_defaults(args, given, recipe, config.weight_bits, teacher)
     data = data.numbered_like(class_names(teacher))
     plan = plan_quantization(teacher, config)  # a pattern that matches nothing is better found before the training
@@ -156,7 +153,7 @@ def distil(
     used = Preprocessing(plain.size, plain.mean, plain.std, plain.crop_pct, plain.interpolation)
     record_preprocessing(teacher, used)
     train, test = data.train.with_transform(augmented), data.test.with_transform(plain)
-    if origin != GIVEN and not args.resume_from_checkpoint:
+    if not is_trained:
         train_teacher(teacher, train, used, script, args)
     results = {"teacher": {"accuracy": accuracy(teacher, test, args), "agreement": 1.0, "kl": 0.0}}
 
@@ -185,7 +182,7 @@ def distil(
     if recipe.trains:
         if recipe.by_need and args.load_best_model_at_end and not {"num_train_epochs", "max_steps"} & given:
             # Now, since it would look for its metric in evaluations of other images as well.
-            trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=1))
+            trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=2))
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         trainer.remove_callback(EarlyStoppingCallback)
         if interrupt.interrupted:

@@ -16,9 +16,6 @@ from ..distillation.training_args import SQAKDTrainingArguments
 from ..errors import InputError
 
 
-# Where a teacher comes from.
-GIVEN, FINE_TUNED, FROM_SCRATCH = "given", "fine-tuned", "from scratch"
-
 RECIPES = ("auto", "paper", "calibrate", "reconstruct")
 # Students of so many bits that are so near to their teacher after calibration (`eval_kl`) are left there.
 LOSSLESS_BITS, LOSSLESS_KL = 8, 0.02
@@ -94,8 +91,8 @@ class ScriptArguments:
         default="auto",
         metadata={
             "help": f"one of {', '.join(RECIPES)}; calibrate: ranges, statistics and biases alone; reconstruct: also "
-            "each block by itself; paper: ranges, then training; auto: with a given teacher all of these, as far as "
-            "they help on the held-out images, else as paper"
+            "each block by itself; auto: these and training, as far as they help on the held-out images; paper: plain "
+            "ranges, then training with new BatchNorm statistics"
         },
     )
     time_budget: str | None = field(
@@ -142,7 +139,7 @@ class Recipe:
         reconstructs (`bool`): Whether each block learns to put out what the teacher's does.
         trains (`bool`): Whether the student learns its teacher's logits.
         by_need (`bool`): Whether both are left out where calibration is enough, and training ends with the first epoch
-            that does not help.
+            that was not better than the two before it.
     """
 
     keeps_statistics: bool
@@ -151,14 +148,10 @@ class Recipe:
     by_need: bool = False
 
     @classmethod
-    def of(cls, name: str, origin: str) -> "Recipe":
-        """Return the recipe of that name, for a teacher of that origin.
-
-        A teacher that is given was trained on other images than the student will be: block by block, and with
-        BatchNorm's statistics kept, a few photographs are enough.
-        """
+    def of(cls, name: str) -> "Recipe":
+        """Return the recipe of that name."""
         return {
-            "auto": cls(True, True, True, by_need=True) if origin == GIVEN else cls(False, False, True),
+            "auto": cls(True, True, True, by_need=True),
             "paper": cls(False, False, True),
             "calibrate": cls(True, False, False),
             "reconstruct": cls(True, True, False),

@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from transformers import HfArgumentParser
@@ -34,7 +34,7 @@ class QuantizationArguments:
     )
     activation_quantizer: str = field(
         default="auto",
-        metadata={"help": "another quantizer for activations, or none; auto: lsq+ where lsq meets a given teacher"},
+        metadata={"help": "another quantizer for activations, or none; auto: lsq+ with lsq, none with others"},
     )
     per_channel: bool = field(default=True, metadata={"help": "one weight range per output channel"})
     integer_zero_point: bool = field(default=True, metadata={"help": "keep zero exactly on the activations' grid"})
@@ -42,25 +42,23 @@ class QuantizationArguments:
     modules_to_not_convert: list[str] = field(default_factory=list, metadata={"help": "name patterns left in float"})
     quantizer_kwargs: str = field(default="{}", metadata={"help": 'JSON options of the quantizer: {"delta": 0.01}'})
 
-    def to_config(self) -> QuantizationConfig:
-        """Return the configuration that the arguments describe, whatever the teacher."""
+    def to_config(self, affine_activations: bool = True) -> QuantizationConfig:
+        """Return the configuration that the arguments describe.
+
+        Args:
+            affine_activations (`bool`, *optional*, defaults to `True`): Let `lsq` have the activations of `lsq+`,
+                whose range has two ends, unless another quantizer is asked for.
+        """
         options = asdict(self)
         names = [name for name in options if name.endswith("_bits")]
         for name in (*names, "activation_quantizer"):
             text = options[name]
             options[name] = None if text.lower() == "none" else int(text) if text.isdecimal() else text
         if self.activation_quantizer == "auto":
-            options["activation_quantizer"] = None
+            options["activation_quantizer"] = "lsq+" if affine_activations and self.quantizer == "lsq" else None
         for name in ("overrides", "quantizer_kwargs"):
             options[name] = parse_json(name, options[name])
         return QuantizationConfig(**options)
-
-    def with_given_teacher(self) -> QuantizationConfig:
-        """Return the configuration for a trained network, whose inputs that are negative at times want both ends."""
-        config = self.to_config()
-        if self.activation_quantizer == "auto" and config.quantizer == "lsq":
-            return replace(config, activation_quantizer="lsq+")
-        return config
 
 
 def parse_with_quantization(

@@ -18,36 +18,33 @@ from ..errors import InputError
 from ..hub.loading import WeightsNotFoundError, build_model, load_model
 from ..hub.model_preprocessing import preprocessing
 from ..hub.preprocessing import Preprocessing, image_processor
-from .distill_arguments import FINE_TUNED, FROM_SCRATCH, GIVEN, IMAGE_SIZES, DistillationArguments, ScriptArguments
+from .distill_arguments import IMAGE_SIZES, DistillationArguments, ScriptArguments
 from .quantization_arguments import parse_json
 
 
 logger = logging.getLogger(__name__)
 
 
-def get_teacher(script: ScriptArguments, args: DistillationArguments, data: ImageData) -> tuple[PreTrainedModel, str]:
-    """Return the teacher and where it comes from.
-
-    One that is not `GIVEN` is still to be trained on these classes, unless a checkpoint is resumed.
-    """
+def get_teacher(script: ScriptArguments, args: DistillationArguments, data: ImageData) -> tuple[PreTrainedModel, bool]:
+    """Return the teacher, and whether it is trained; else it is still to learn these classes."""
     if args.resume_from_checkpoint and script.teacher is None and is_labelled(data.train):
-        return load_model(teacher_folder(args)), FINE_TUNED
+        return load_model(teacher_folder(args)), True
     teacher = script.teacher or (None if is_labelled(data.train) else script.model)
     if teacher is not None:
-        return load_given_teacher(script, teacher), GIVEN
+        return load_given_teacher(script, teacher), True
     classes, model_args = len(data.class_names), parse_json("model_args", script.model_args)
     try:
         if model_args or script.teacher_from_scratch:
             why = "--model_args change the architecture." if model_args else "--teacher_from_scratch asks for it."
             raise WeightsNotFoundError(why)
-        model, origin = load_model(script.model, num_labels=classes), FINE_TUNED
+        model = load_model(script.model, num_labels=classes)
     except WeightsNotFoundError as error:
         size = script.image_size or IMAGE_SIZES.get(script.dataset)
-        model, origin = build_model(script.model, classes, size, model_args), FROM_SCRATCH
+        model = build_model(script.model, classes, size, model_args)
         logger.warning("The teacher starts from random weights. %s", error)
     model.config.id2label = dict(enumerate(data.class_names))
     model.config.label2id = {name: index for index, name in enumerate(data.class_names)}
-    return model, origin
+    return model, False
 
 
 def load_given_teacher(script: ScriptArguments, name: str) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from sqakd_hf.data import dataset as data_module
 from tests.helpers.models import tiny_vit
 
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("freed_memory_goes_back")]
 
 
 @pytest.fixture(scope="module", params=["timm", "native"])
@@ -33,7 +33,7 @@ def distilled(request, tmp_path_factory):
     output = folder / "student"
     distill.main(
         f"--model {model} --output_dir {output} --max_steps 4 --max_train_images 80 --max_test_images 60 "
-        "--use_cpu true --disable_tqdm true".split()
+        "--recipe paper --use_cpu true --disable_tqdm true".split()
     )
     return output
 
@@ -67,6 +67,8 @@ class TestEvaluate:
             "timm/test_resnet",
             "--image_size",
             32,
+            "--recipe",
+            "paper",
             "--max_steps",
             2,
             "--seed",

@@ -17,7 +17,7 @@ from tests.helpers.models import tiny_vit
 from tests.helpers.paths import ROOT
 
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("freed_memory_goes_back")]
 
 
 SCRIPT = ROOT / "examples" / "run_sqakd.py"
@@ -26,11 +26,12 @@ QUICK = "--max_steps 2 --max_train_images 60 --max_test_images 30 --use_cpu true
 
 @pytest.fixture
 def run(tmp_path):
-    """Run the command in this process and return its results."""
+    """Run the command in this process and return its results; by the quickest recipe that trains, if none is given."""
 
     def call(arguments: str, output: str = "output") -> dict:
         folder = tmp_path / output
-        distill.main(f"{QUICK} {arguments} --output_dir {folder}".split())
+        recipe = "" if "--recipe" in arguments else "--recipe paper"
+        distill.main(f"{QUICK} {recipe} {arguments} --output_dir {folder}".split())
         return json.loads((folder / "results.json").read_text())
 
     ours = logging.getLogger("sqakd_hf")
@@ -60,7 +61,8 @@ class TestRun:
         assert results["student"]["kl"] > 0
         assert results["arguments"]["weight_bits"] == 2
         table = capsys.readouterr().out
-        title = "student, as calibrated" if results["student"]["step"] == 0 else "distilled student"
+        stage = results["student"]["stage"]
+        title = "distilled student" if stage == "trained" else f"student, as {stage}"
         assert title in table and "W2A2" in table
         output = tmp_path / "output"
         assert PIL.Image.open(output / "learning_curve.png").width > 500
@@ -137,23 +139,36 @@ def trained(tmp_path_factory):
     return folder
 
 
-class TestDefaultsBySituation:
-    """Learning rate and BatchNorm follow from where the teacher comes from."""
+class TestDefaultsByRecipe:
+    """Learning rate, BatchNorm and the activations' quantizer follow from the recipe."""
 
     def training(self, run, arguments: str, output: str = "output") -> dict:
         training = run(arguments, output)["arguments"]["training"]
         return {name: training[name] for name in ("learning_rate", "quantizer_learning_rate", "freeze_batch_norm")}
 
-    @pytest.mark.parametrize(("bits", "rate"), [(1, 1e-3), (2, 1e-3), (4, 2e-4), (8, 3e-3 / 255)])
-    def test_a_given_teacher_keeps_its_statistics_and_is_left_in_small_steps(self, run, trained, bits, rate):
-        arguments = f"--model {trained}/model --dataset {trained}/images --weight_bits {bits}"
+    @pytest.mark.parametrize(("bits", "rate"), [(1, 1e-3), (4, 2e-4), (8, 3e-3 / 255)])
+    def test_statistics_are_kept_and_the_rate_is_one_in_units_of_the_weights_step(self, run, trained, bits, rate):
+        arguments = f"--model {trained}/model --dataset {trained}/images --weight_bits {bits} --recipe auto"
         expected = {"learning_rate": rate, "quantizer_learning_rate": rate / 100, "freeze_batch_norm": "auto"}
         assert self.training(run, arguments) == expected
 
-    def test_a_teacher_from_scratch_shares_its_images_with_the_student(self, run):
-        found = self.training(run, "--model timm/test_resnet --weight_bits 8")
+    def test_the_papers_has_new_statistics_and_one_rate(self, run):
+        found = self.training(run, "--model timm/test_resnet --weight_bits 8 --recipe paper")
         expected = {"learning_rate": 1e-3, "quantizer_learning_rate": 1e-5, "freeze_batch_norm": False}
         assert found == expected
+
+    @pytest.mark.parametrize(
+        ("arguments", "quantizer"),
+        [
+            ("--recipe calibrate", "lsq+"),
+            ("--recipe calibrate --activation_quantizer none", None),
+            ("--recipe calibrate --quantizer ewgs", None),
+            ("--recipe paper", None),
+        ],
+    )
+    def test_lsq_has_affine_activations_but_in_the_paper(self, run, trained, arguments, quantizer):
+        results = run(f"--model {trained}/model --dataset {trained}/images {arguments}")
+        assert results["arguments"]["activation_quantizer"] == quantizer
 
     def test_what_is_given_stays(self, run, trained):
         arguments = f"--model {trained}/model --dataset {trained}/images --weight_bits 8"
@@ -165,6 +180,11 @@ class TestDefaultsBySituation:
         run("--model timm/test_resnet --weight_bits 8 --num_train_epochs 3")
         found = self.training(run, "--model timm/test_resnet --weight_bits 8 --resume_from_checkpoint last")
         assert found == {"learning_rate": 1e-3, "quantizer_learning_rate": 1e-5, "freeze_batch_norm": False}
+
+    @pytest.mark.parametrize(("model", "channels_last"), [("mobilenetv2_035", True), ("test_resnet", False)])
+    def test_depthwise_networks_compute_channels_last_on_a_cpu(self, run, model, channels_last):
+        training = run(f"--model timm/{model} --max_steps 1")["arguments"]["training"]
+        assert training["channels_last"] is channels_last
 
 
 class TestTeacher:
@@ -234,21 +254,23 @@ class TestRecipe:
             card = (tmp_path / "output" / "README.md").read_text()
             assert f"{stages[-1]} " in card.split("##")[0] and "was tried" not in card
 
-    def test_eight_bits_are_not_reconstructed_by_default(self, run, trained, photographs):
-        results = run(f"--model {trained}/model --dataset {photographs} --weight_bits 8 --activation_bits 8")
-        assert "reconstructed" not in results
+    def test_eight_bits_that_calibration_made_lossless_are_left_there(self, run, trained, photographs, caplog):
+        arguments = f"--model {trained}/model --dataset {photographs} --recipe auto"
+        results = run(f"{arguments} --weight_bits 8 --activation_bits 8")
+        assert "reconstructed" not in results and results["student"]["step"] is None
+        assert "Calibration is enough" in caplog.text
 
     def test_a_few_images_are_enough_for_all_but_reconstruction(self, run, trained, caplog):
-        arguments = f"--model {trained}/model --dataset {trained}/images --max_train_images 30"
+        arguments = f"--model {trained}/model --dataset {trained}/images --max_train_images 30 --recipe auto"
         assert "reconstructed" not in run(arguments)
         assert "Not reconstructed block by block" in caplog.text and "images are too few" in caplog.text
         with pytest.raises(InputError, match="images are too few"):
-            run(f"{arguments} --recipe reconstruct", output="asked")
+            run(arguments.replace("auto", "reconstruct"), output="asked")
 
     def test_a_run_interrupted_between_blocks_ends_as_one_that_was_not(
         self, run, trained, photographs, tmp_path, monkeypatch
     ):
-        arguments = f"--model {trained}/model --dataset {photographs} --seed 3"
+        arguments = f"--model {trained}/model --dataset {photographs} --seed 3 --recipe auto"
         whole = run(arguments, output="whole")
         save, units = Progress.save, []
 
@@ -434,7 +456,9 @@ class TestBadInput:
 class TestInterrupt:
     def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(self, tmp_path):
         arguments = "--model timm/test_resnet --max_train_images 200 --max_test_images 30 --use_cpu true"
-        arguments += " --teacher_epochs 1 --num_train_epochs 300 --validation_fraction 0 --disable_tqdm true"
+        arguments += (
+            " --recipe paper --teacher_epochs 1 --num_train_epochs 300 --validation_fraction 0 --disable_tqdm true"
+        )
         arguments += f" --logging_strategy steps --logging_steps 1 --output_dir {tmp_path}/out"
         command = [sys.executable, "-u", str(SCRIPT), *arguments.split()]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

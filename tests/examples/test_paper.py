@@ -11,7 +11,7 @@ from sqakd_hf import InputError, build_model
 from tests.helpers.paths import ROOT
 
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("freed_memory_goes_back")]
 
 
 SCRIPT = ROOT / "examples" / "paper" / "run.py"
