@@ -311,8 +311,8 @@ class TestRecipe:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ("--time_budget 10", "must be a time such as 90s, 10m or 1h, got '10'"),
-            ("--time_budget 0m", "must be a time such as"),
+            ("--recipe auto --time_budget 10", "must be a time such as 90s, 10m or 1h, got '10'"),
+            ("--recipe auto --time_budget 0m", "must be a time such as"),
             ("--time_budget 5m --recipe paper", "of the reconstruction, which --recipe paper leaves out"),
         ],
     )
