@@ -138,8 +138,8 @@ class Recipe:
             changed.
         reconstructs (`bool`): Whether each block learns to put out what the teacher's does.
         trains (`bool`): Whether the student learns its teacher's logits.
-        by_need (`bool`): Whether both are left out where calibration is enough, and training ends with the first epoch
-            that was not better than the two before it.
+        by_need (`bool`): Whether both are left out where calibration is enough, and training ends after two epochs
+            without a gain.
     """
 
     keeps_statistics: bool

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from ..conversion.student import is_calibrated
 from ..data.sampling import sample_batches
 from ..errors import InputError
 from ..reconstruction import Reconstruction, calibrate_model, reconstruct_model
@@ -66,9 +67,10 @@ class PreparingMixin:
         """
         if self.train_dataset is None:
             raise InputError("Reconstruction needs images: pass train_dataset, or call reconstruct_model yourself.")
-        if self._stage is None:
+        self._move_model_to_device(self.model, self.args.device)
+        if not is_calibrated(self.model):
             self.calibrate()
-        before = self._stage
+        before = self._stage = self._stage or "calibrated"
         value = Trainer.evaluate(self)[self.best.metric] if self.best.is_chosen else None
         state = StudentState(self.model)
         with self.accelerator.autocast():

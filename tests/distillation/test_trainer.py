@@ -522,6 +522,14 @@ class TestReconstruct:
         assert trainer.evaluate()["eval_loss"] == before["eval_loss"]
         assert trainer.results["student"] == trainer.results["calibrated"] | {"step": None}
 
+    def test_ranges_that_it_came_with_are_what_it_is_compared_with(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("sqakd_hf.distillation.preparing.calibrate_model", None)  # is not called
+        trainer = self.trainer(tmp_path)
+        calibrate_model(trainer.model, [Images(40).pixels], disable_progress=True)
+        before = trainer.evaluate()
+        assert trainer.reconstruct(steps=5) is None or trainer.evaluate()["eval_loss"] <= before["eval_loss"]
+        assert trainer.results["calibrated"]["kl"] == before["eval_kl"]
+
     def test_processes_share_the_images_evenly(self, tmp_path, monkeypatch):
         trainer = self.trainer(tmp_path)
         whole = [batch["pixel_values"] for batch in trainer._own_share(40)]
