@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..layers.quantized_layer import QuantizedLayer
 from ..outputs.forward import run_model
 from ..quantization.quantizers import FEW_BITS, FakeQuantizer
+from .rollback import unchanged_on_error
 from .student import (
     batch_norms,
     quantized_layers,
@@ -72,7 +73,7 @@ def calibrate_model(
     norms = batch_norms(model)
     by_batch = norms if any(quantizer.bits <= FEW_BITS for quantizer in quantizers(model)) else []
     needs_two = bool(by_batch or (reestimate_batch_norm and norms))
-    with _restored_on_error(model):
+    with unchanged_on_error(model, _what_calibration_sets(model)):
         with evaluating(model):
             for name, layer in tqdm(layers.items(), "Weights", unit="layer", disable=disable_progress, leave=False):
                 layer.restore_latent()
@@ -93,23 +94,10 @@ def calibrate_model(
         )
 
 
-@contextlib.contextmanager
-def _restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Give quantizers their ranges and signs, and layers their codes, back where something raises."""
-    layers = quantized_layers(model).values()
-    attributes = [(module, dict(vars(module))) for module in (*layers, *quantizers(model))]
+def _what_calibration_sets(model: nn.Module) -> list[torch.Tensor]:
+    """Return the ranges, and the codes that give way to latent weights."""
     ranges = [tensor for quantizer in quantizers(model) for tensor in quantizer.state_dict(keep_vars=True).values()]
-    codes = [layer.stored_weight for layer in layers if layer.weight_is_on_grid]
-    values = [(tensor, tensor.detach().clone()) for tensor in (*ranges, *codes)]
-    try:
-        yield
-    except BaseException:
-        for module, before in attributes:
-            vars(module).clear()
-            vars(module).update(before)
-        for tensor, value in values:
-            tensor.data = value
-        raise
+    return ranges + [layer.stored_weight for layer in quantized_layers(model).values() if layer.weight_is_on_grid]
 
 
 @torch.no_grad()

@@ -1,9 +1,12 @@
-"""A model as it was, where changing its modules fails."""
+"""A model as it was, where changing it fails or did not help."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+import torch
 from torch import nn
+
+from .student import quantized_layers, quantizers
 
 
 _TABLES = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict)]
@@ -46,3 +49,40 @@ def holders(module: nn.Module) -> list[list | dict]:
         for held in values
         if any(isinstance(child, nn.Module) for child in (held.values() if isinstance(held, dict) else held))
     ]
+
+
+class StudentState:
+    """A student as it is now, to come back to: values of its tensors, attributes of layers and quantizers, its plan.
+
+    Args:
+        student (`nn.Module`): After [`quantize_model`].
+        tensors (`Iterable[torch.Tensor]`, *optional*): Those of its tensors that can change; all by default.
+    """
+
+    def __init__(self, student: nn.Module, tensors: Iterable[torch.Tensor] | None = None):
+        self._attributes = [(m, dict(vars(m))) for m in (*quantized_layers(student).values(), *quantizers(student))]
+        self._owner = next((module for module in student.modules() if "quantization_plan" in vars(module)), None)
+        self._plan = None if self._owner is None else self._owner.quantization_plan
+        tensors = (*student.parameters(), *student.buffers()) if tensors is None else tensors
+        self._tensors = [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+    def restore(self) -> None:
+        """Make the student what it was; once."""
+        for module, before in self._attributes:
+            vars(module).clear()
+            vars(module).update(before)
+        for tensor, value in self._tensors:
+            tensor.data = value
+        if self._owner is not None:
+            self._owner.quantization_plan = self._plan
+
+
+@contextlib.contextmanager
+def unchanged_on_error(student: nn.Module, tensors: Iterable[torch.Tensor] | None = None) -> Iterator[None]:
+    """Make a student what it was where something raises; the arguments are those of [`StudentState`]."""
+    state = StudentState(student, tensors)
+    try:
+        yield
+    except BaseException:
+        state.restore()
+        raise

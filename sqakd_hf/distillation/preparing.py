@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from ..conversion.rollback import StudentState
 from ..conversion.student import is_calibrated
 from ..data.sampling import sample_batches
 from ..errors import InputError
 from ..reconstruction import Reconstruction, calibrate_model, reconstruct_model
-from ..reconstruction.state import StudentState
 from .processes import follow_first_process
 
 

@@ -26,7 +26,8 @@ class SQAKDTrainingArguments(TrainingArguments):
         quantizer_learning_rate (`float`, *optional*): Learning rate of the quantizers' ranges; by default a hundredth
             of `learning_rate`, as in the paper. Ranges have no weight decay.
         calibration_images (`int`, *optional*, defaults to 512): Number of training images that set the ranges before
-            training, drawn at random (the first, of a stream); at least 2.
+            training, drawn at random (the first, of a stream); at least 2. Where the teacher helps
+            (`freeze_batch_norm`), 256 of them are used.
         activation_memory (`str`, *optional*, defaults to `"normal"`): With `"low"`, what quantizers put out is
             computed again in the backward instead of kept: the memory of the float network, more time, the same bits.
             A compiled model decides this itself.

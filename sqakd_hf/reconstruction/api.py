@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from .._validation import check_integer
 from ..conversion import calibration
+from ..conversion.rollback import unchanged_on_error
 from ..conversion.student import (
     device_of,
     is_calibrated,
@@ -27,7 +28,7 @@ from ..layers.quantized_layer import QuantizedLayer
 from . import processes
 from .calibration import STATISTICS_IMAGES, calibrate_unit
 from .inputs import Store
-from .state import Progress, UnitResult, digest_of, unchanged_on_error
+from .state import Progress, UnitResult, digest_of
 from .time_budget import steps_within
 from .training import reconstruct_units
 from .units import Unit, find_units, require_units

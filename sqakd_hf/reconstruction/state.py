@@ -1,10 +1,9 @@
 """What a student is at one moment: to come back to, and to go on from in another process."""
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..conversion.student import quantized_layers, quantizers
 from ..errors import InputError
 from ..quantization.quantizers import FakeQuantizer
 from .units import Unit
@@ -67,40 +65,6 @@ def refresh_quantizers(modules: Iterable[nn.Module]) -> None:
     for module in (inner for outer in modules for inner in outer.modules()):
         if isinstance(module, FakeQuantizer):
             module.refresh()
-
-
-class StudentState:
-    """A whole student as it is now, to come back to: the values of its tensors, its quantizers' attributes, its plan.
-
-    Args:
-        student (`nn.Module`): After [`quantize_model`].
-    """
-
-    def __init__(self, student: nn.Module):
-        self._attributes = [(m, dict(vars(m))) for m in (*quantized_layers(student).values(), *quantizers(student))]
-        self._owner = next((module for module in student.modules() if "quantization_plan" in vars(module)), None)
-        self._plan = None if self._owner is None else self._owner.quantization_plan
-        self._tensors = [(tensor, tensor.detach().clone()) for tensor in (*student.parameters(), *student.buffers())]
-
-    def restore(self) -> None:
-        for module, before in self._attributes:
-            vars(module).clear()
-            vars(module).update(before)
-        for tensor, value in self._tensors:
-            tensor.data = value
-        if self._owner is not None:
-            self._owner.quantization_plan = self._plan
-
-
-@contextlib.contextmanager
-def unchanged_on_error(student: nn.Module) -> Iterator[None]:
-    """Give a student back what it was, on any error."""
-    state = StudentState(student)
-    try:
-        yield
-    except BaseException:
-        state.restore()
-        raise
 
 
 class Progress:
