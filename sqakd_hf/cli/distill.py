@@ -260,7 +260,16 @@ def is_lossless(trainer: SQAKDTrainer, config: QuantizationConfig) -> bool:
     divergence = trainer.evaluate()["eval_kl"]
     if divergence <= LOSSLESS_KL:
         logger.info("Calibration is enough: the KL divergence on held-out images is %.4f.", divergence)
-    return divergence <= LOSSLESS_KL
+        return True
+    logger.warning(
+        "After calibration at %d bits the KL divergence on held-out images is %.4f, above %g. It goes on with "
+        "reconstruction and training. Are these images such as the network knows, in its own size? If so, report.html "
+        "beside the student shows which layers are far off; --overrides and --modules_to_not_convert keep them high.",
+        bits,
+        divergence,
+        LOSSLESS_KL,
+    )
+    return False
 
 
 def reconstruct(trainer: SQAKDTrainer, script: ScriptArguments) -> bool:

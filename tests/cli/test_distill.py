@@ -260,6 +260,15 @@ class TestRecipe:
         assert "reconstructed" not in results and results["student"]["step"] is None
         assert "Calibration is enough" in caplog.text
 
+    def test_eight_bits_that_are_far_off_after_calibration_go_on_and_say_so(
+        self, run, trained, photographs, monkeypatch, caplog
+    ):
+        monkeypatch.setattr(distill, "LOSSLESS_KL", -1.0)
+        arguments = f"--model {trained}/model --dataset {photographs} --recipe auto"
+        results = run(f"{arguments} --weight_bits 8 --activation_bits 8")
+        assert results["student"]["step"] is not None
+        assert "After calibration at 8 bits" in caplog.text and "above -1" in caplog.text
+
     def test_a_few_images_are_enough_for_all_but_reconstruction(self, run, trained, caplog):
         arguments = f"--model {trained}/model --dataset {trained}/images --max_train_images 30 --recipe auto"
         assert "reconstructed" not in run(arguments)
