@@ -27,9 +27,9 @@ from ..errors import InputError
 from ..layers.quantized_layer import QuantizedLayer
 from . import processes
 from .calibration import STATISTICS_IMAGES, calibrate_unit
+from .cost import cost_of
 from .inputs import Store
 from .state import Progress, UnitResult, digest_of
-from .time_budget import steps_within
 from .training import reconstruct_units
 from .units import Unit, find_units, require_units
 from .walk import Images, walk
@@ -247,8 +247,18 @@ def reconstruct_model(
             _set_first_ranges(model, images)
         with evaluating(model), evaluating(teacher):
             found = _units(model, teacher, images, units)
-            if time_budget is not None:
-                steps = _steps_within(time_budget, found, model, teacher, images, batch_size, progress)
+            # Updates wait for one another: all processes time them, or none.
+            if time_budget is not None or (not disable_progress and processes.count() == 1):
+                cost = cost_of(found, model, teacher, images, batch_size)
+                if time_budget is not None:
+                    steps = _agreed_steps(cost.steps(time_budget), progress, device_of(model))
+                logger.info(
+                    "%d updates of each of %d units: about %.0f minutes, and %.1f GB for what units take and put out.",
+                    steps,
+                    len(found),
+                    max(cost.seconds(steps) / 60, 1),
+                    cost.memory / 1e9,
+                )
             with tqdm(total=len(found), desc="Reconstructing", unit="unit", disable=disable_progress) as bar:
 
                 def show(result: UnitResult) -> None:
@@ -271,24 +281,14 @@ def reconstruct_model(
     return Reconstruction(tuple(results))
 
 
-def _steps_within(
-    seconds: float,
-    units: list[Unit],
-    model: nn.Module,
-    teacher: nn.Module,
-    images: Images,
-    batch_size: int,
-    progress: Progress | None,
-) -> int:
-    """Return how many updates fit into a time: as many as the interrupted run had, and as every other process has."""
-    steps = None if progress is None else progress.steps
-    if steps is None:
-        steps = steps_within(seconds, units, model, teacher, images, batch_size)
-    number = torch.tensor(steps, device=device_of(model))
+def _agreed_steps(steps: int, progress: Progress | None, device: torch.device) -> int:
+    """Return as many updates as the interrupted run had, or else as the first process found."""
+    if progress is not None and progress.steps is not None:
+        return progress.steps
+    number = torch.tensor(steps, device=device)
     processes.take_from_first([number])
     if progress is not None:
         progress.steps = int(number)
-    logger.info("%d updates of each of %d units, to take about %.0f minutes.", number, len(units), seconds / 60)
     return int(number)
 
 

@@ -21,9 +21,9 @@ from sqakd_hf import (
 )
 from sqakd_hf.reconstruction import state as state_module
 from sqakd_hf.reconstruction.batch_norm import ChannelStatistics, match_statistics
+from sqakd_hf.reconstruction.cost import FEWEST_STEPS, MOST_STEPS, Cost, cost_of
 from sqakd_hf.reconstruction.inputs import UnitInputs
 from sqakd_hf.reconstruction.optimizer import RANGE_RATE, RatedAdam, rated_parameters
-from sqakd_hf.reconstruction.time_budget import FEWEST_STEPS, MOST_STEPS, steps_within
 from sqakd_hf.reconstruction.training import settle_weights
 from sqakd_hf.reconstruction.units import find_units
 from sqakd_hf.reconstruction.walk import Images
@@ -383,17 +383,24 @@ def assert_left(model, before):
 
 
 class TestTimeBudget:
-    def test_its_updates_are_found_by_timing_and_leave_the_student_alone(self, monkeypatch):
+    def test_its_updates_are_found_by_timing_and_leave_the_student_alone(self):
         teacher = resnet()
         student = student_of(teacher)
         calibrate_model(student, [photographs()], teacher=teacher, disable_progress=True)
         images = Images(photographs(), student)
         units = find_units(teacher, list(quantized_layers(student)), images.first())
         before, state = model_state(student), torch.get_rng_state()
-        steps = [steps_within(seconds, units, student, teacher, images, 8) for seconds in (1e-3, 20.0, 1e6)]
+        cost = cost_of(units, student, teacher, images, 8)
         assert_left(student, before)
         assert torch.equal(torch.get_rng_state(), state)
-        assert steps[0] == FEWEST_STEPS < steps[1] <= steps[2] == MOST_STEPS
+        assert cost.fixed > 0 and cost.update > 0
+        # The stem takes 3 channels and puts out 8, in float32, of 40 images, in student and teacher.
+        assert cost.memory == 2 * 40 * 4 * 12 * 12 * (8 + 8)
+
+    def test_a_time_is_what_its_updates_take(self):
+        cost = Cost(fixed=20.0, update=0.5, memory=0)
+        assert cost.steps(70.0) == 100 and cost.seconds(100) == 70.0
+        assert cost.steps(1.0) == FEWEST_STEPS and cost.steps(1e6) == MOST_STEPS
 
     def test_it_is_about_kept(self):
         teacher = resnet()
@@ -414,7 +421,7 @@ class TestTimeBudget:
             save(self, number, *args)
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr("sqakd_hf.reconstruction.api.steps_within", lambda *args: 5)
+            patched.setattr(Cost, "steps", lambda self, seconds: 5)
             patched.setattr(state_module.Progress, "save", save_one)
             reconstruct(student, teacher, time_budget=60.0, checkpoint_dir=tmp_path)
         reconstruct(student, teacher, time_budget=60.0, checkpoint_dir=tmp_path)
