@@ -279,7 +279,7 @@ class TestRecipe:
     def test_a_run_interrupted_between_blocks_ends_as_one_that_was_not(
         self, run, trained, photographs, tmp_path, monkeypatch
     ):
-        arguments = f"--model {trained}/model --dataset {photographs} --seed 3 --recipe auto"
+        arguments = f"--model {trained}/model --dataset {photographs} --seed 3 --recipe auto --time_budget 0.1s"
         whole = run(arguments, output="whole")
         save, units = Progress.save, []
 
@@ -308,7 +308,7 @@ class TestRecipe:
         assert weights[0] == weights[1]
 
     def test_a_run_that_begins_anew_leaves_the_blocks_of_another(self, run, trained, photographs):
-        arguments = f"--model {trained}/model --dataset {photographs} --recipe reconstruct"
+        arguments = f"--model {trained}/model --dataset {photographs} --recipe reconstruct --time_budget 0.1s"
         run(arguments)
         run(f"{arguments} --weight_bits 3 --overwrite_output_dir")
 
