@@ -253,7 +253,7 @@ def reconstruct_model(
                 if time_budget is not None:
                     steps = _agreed_steps(cost.steps(time_budget), progress, device_of(model))
                 logger.info(
-                    "%d updates of each of %d units: about %.0f minutes, and %.1f GB for what units take and put out.",
+                    "%d updates of each of %d units: about %.0f min, and %.2f GB for what units take and put out.",
                     steps,
                     len(found),
                     max(cost.seconds(steps) / 60, 1),
