@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import EarlyStoppingCallback, HfArgumentParser, PreTrainedModel, set_seed
+from transformers import HfArgumentParser, PreTrainedModel, set_seed
 
 from ..conversion.config import QuantizationConfig
 from ..conversion.convert import quantize_model
@@ -32,6 +32,7 @@ from ..data.dataset import ImageData, load_image_data
 from ..data.labels import is_labelled
 from ..data.splits import split_holdout
 from ..data.transforms import ImageTransform
+from ..distillation.callbacks import StopWithoutGain
 from ..distillation.checkpoint import last_checkpoint
 from ..distillation.interrupt import InterruptCallback
 from ..distillation.trainer import SQAKDTrainer
@@ -181,10 +182,8 @@ def distil(
         results["reconstructed"] = evaluate(trainer, test)
     if recipe.trains:
         if recipe.by_need and args.load_best_model_at_end and not {"num_train_epochs", "max_steps"} & given:
-            # Now, since it would look for its metric in evaluations of other images as well.
-            trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=2))
+            trainer.add_callback(StopWithoutGain(patience=2))
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        trainer.remove_callback(EarlyStoppingCallback)
         if interrupt.interrupted:
             raise KeyboardInterrupt
     kept = evaluate(trainer, test), trainer.results["student"]

@@ -116,7 +116,7 @@ class DistillationArguments(SQAKDTrainingArguments):
     num_train_epochs: float = field(default=6.0, metadata={"help": "epochs of distillation"})
     learning_rate: float = field(
         default=1e-3,
-        metadata={"help": "learning rate of the student's weights; default: less for a given teacher and many bits"},
+        metadata={"help": "learning rate of the student's weights; default: less for more than 2 bits"},
     )
     per_device_train_batch_size: int = field(default=64, metadata={"help": "training batch of each process"})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "evaluation batch of each process"})

@@ -181,7 +181,7 @@ def _layers(
 ) -> str:
     codes = _histograms(model)
     kernels = {} if deploy is None else {kernel["layer"]: kernel for kernel in deploy["kernels"]}
-    stages = {key: title for key, title in {**STAGES, "student": "student"}.items() if layer_sqnr.get(key)}
+    stages = [stage for stage in (*STAGES, "student") if layer_sqnr.get(stage)]
     engines = _ENGINES if deploy is not None else {}
     reasons: dict[str, int] = {}
     rows = []
@@ -194,7 +194,7 @@ def _layers(
         cells += [_kernel_cell(kernels.get(line.name) if own else None, engine, reasons) for engine in engines]
         rows.append(cells)
     head = ["layer", "bits", "weights", *(("weight codes", "used", "entropy") if codes else ())]
-    head += [f"SQNR {title}" for title in stages.values()] + list(engines.values())
+    head += [f"SQNR {stage}" for stage in stages] + list(engines.values())
     notes = [_note(f"({number}) {reason}") for reason, number in reasons.items()]
     what = "Weight codes: how many weights have each code, from the lowest to the highest. Entropy: the least bits a "
     notes.append(_note(f"{what}weight that any coding of them needs." if codes else "The student has no ranges yet."))

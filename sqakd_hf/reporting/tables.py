@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 # What a run compares, and how people read it.
-STAGES = {"calibrated": "calibrated", "reconstructed": "reconstructed"}  # of a student, before its training
+STAGES = ("calibrated", "reconstructed")  # of a student, before its training
 ROWS = {
     "teacher": "teacher",
-    **{key: f"{title} only" for key, title in STAGES.items()},
+    **{stage: f"{stage} only" for stage in STAGES},
     "student": "distilled student",
 }
 
@@ -33,7 +33,7 @@ def titled_rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str
     kept = kept_stage(results)
     rows = {key: title for key, title in ROWS.items() if key != "reconstructed" or key in results}
     if kept is not None:
-        rows["student"] = f"student, as {STAGES[kept]}"
+        rows["student"] = f"student, as {kept}"
     return list(rows.items())
 
 

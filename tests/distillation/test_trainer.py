@@ -31,6 +31,7 @@ from sqakd_hf import (
     quantize_model,
 )
 from sqakd_hf.distillation import trainer as trainer_module
+from sqakd_hf.distillation.callbacks import StopWithoutGain
 from sqakd_hf.distillation.nan_diagnostics import NonFiniteError
 from sqakd_hf.outputs.forward import Prediction, predict
 from sqakd_hf.reporting.training_record import TrainingRecord
@@ -475,6 +476,30 @@ class TestFirstCandidate:
         caplog.clear()
         make_trainer(tmp_path / "chooses", **CHOOSES).train()
         assert "No held-out images compare" not in caplog.text
+
+
+class TestStopWithoutGain:
+    """The decision is made from the log, which a checkpoint holds."""
+
+    def trainer(self, folder):
+        options = {"learning_rate": HARMFUL, "num_train_epochs": 6, "save_total_limit": None}
+        return make_trainer(folder, callbacks=[StopWithoutGain(patience=2)], **{**CHOOSES, **options})
+
+    def test_a_training_that_only_does_harm_ends_after_two_epochs(self, tmp_path):
+        trainer = self.trainer(tmp_path)
+        trainer.train()
+        assert trainer.state.global_step == 2 * 3 and trainer.kept_untrained
+
+    def test_a_resumed_one_ends_where_the_uninterrupted_one_did(self, tmp_path):
+        self.trainer(tmp_path / "whole").train()
+        resumed = self.trainer(tmp_path / "resumed")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+        assert resumed.state.global_step == 2 * 3
+
+    def test_a_training_that_gains_goes_to_its_end(self, tmp_path):
+        trainer = make_trainer(tmp_path, tiny_vit, callbacks=[StopWithoutGain(patience=2)], **CHOOSES)
+        trainer.train()
+        assert trainer.state.global_step == 6
 
 
 class TestReconstruct:
