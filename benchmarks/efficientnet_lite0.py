@@ -149,7 +149,10 @@ def main() -> None:
         for seed in options.seeds:
             student = copy.deepcopy(teacher)
             quantize_model(
-                student, QuantizationConfig("lsq", weight_bits=bits, activation_bits=bits, depthwise_bits=None)
+                student,
+                QuantizationConfig(
+                    "lsq", weight_bits=bits, activation_bits=bits, depthwise_bits=None, residual_bits=None
+                ),
             )
             args = SQAKDTrainingArguments(
                 output_dir="outputs/efficientnet_lite0",

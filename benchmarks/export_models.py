@@ -75,8 +75,7 @@ def main() -> None:
             see(model, images)
         for quantizer in options.quantizers:
             for bits in options.bits:
-                residual_bits = None if "ViT" in name else 8  # of convolutions
-                student = student_of(model, quantizer, bits, residual_bits, images)
+                student = student_of(model, quantizer, bits, images)
                 cells = compare(student, images[:8], options.agreement_images if name == LITE0 else 0)
                 tqdm.write(f"| {name} | {quantizer} W{bits}A{bits} | {' | '.join(cells)} |")
                 progress.update()
@@ -90,12 +89,10 @@ def see(model: nn.Module, images: torch.Tensor) -> None:
     model.train()(images)
 
 
-def student_of(
-    model: nn.Module, quantizer: str, bits: int, residual_bits: int | None, images: torch.Tensor
-) -> nn.Module:
+def student_of(model: nn.Module, quantizer: str, bits: int, images: torch.Tensor) -> nn.Module:
     """Return a calibrated student in eval mode, whose ranges are not where calibration put them."""
     student = copy.deepcopy(model)
-    config = QuantizationConfig(quantizer, weight_bits=bits, activation_bits=bits, residual_bits=residual_bits)
+    config = QuantizationConfig(quantizer, weight_bits=bits, activation_bits=bits)
     quantize_model(student, config)
     calibrate_model(student, [images], disable_progress=True)
     generator = torch.Generator().manual_seed(1)

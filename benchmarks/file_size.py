@@ -55,7 +55,7 @@ def main() -> None:
             for bits in options.bits:
                 student = build_model(name, 1000).eval()
                 student.load_state_dict(state)
-                quantize_model(student, QuantizationConfig(weight_bits=bits, activation_bits=bits))
+                quantize_model(student, QuantizationConfig(weight_bits=bits, activation_bits=bits, residual_bits=None))
                 calibrate_model(student, [torch.randn(2, 3, size, size)], disable_progress=True)
                 folder = Path(root, str(bits))
                 student.save_pretrained(folder)

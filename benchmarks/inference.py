@@ -65,18 +65,18 @@ def measure(name: str, batch: int, options: argparse.Namespace) -> None:
         path = Path(folder) / "float.onnx"
         export_float(model, images, path)
         variants |= engines_of(path, images, "float32", options.threads)
-        residuals = (None, 8)[: 1 + (name not in WITHOUT_RESIDUALS)]
+        residuals = ("auto", None)[: 1 + (name not in WITHOUT_RESIDUALS)]
         kinds = [(bits, residual, "int8") for bits in WIDTHS for residual in residuals]
-        for bits, residual_bits, container in [*kinds, (WIDTHS[-1], residuals[-1], "packed")]:
+        for bits, residual_bits, container in [*kinds, (WIDTHS[-1], "auto", "packed")]:
             student = student_of(model, size, bits, residual_bits)
-            if (bits, residual_bits, container) == (WIDTHS[-1], None, "int8"):
+            if (bits, residual_bits, container) == (WIDTHS[-1], "auto", "int8"):
                 plain = copy.deepcopy(student)
                 dequantize_model(plain)
                 variants[f"PyTorch, student W{bits}A{bits}"] = functools.partial(student, images)
                 variants[f"PyTorch, dequantized W{bits}"] = functools.partial(plain, images)
             path = Path(folder) / f"{bits}-{residual_bits}-{container}.onnx"
             export_onnx(student, path, container, image_size=size, verify=False)
-            what = f"W{bits}A{bits}" + f", residuals at {residual_bits} bits" * (residual_bits is not None)
+            what = f"W{bits}A{bits}" + ", residual_bits=None" * (residual_bits is None)
             what += ", packed" * (container == "packed")
             variants |= engines_of(path, images, what, options.threads)
         with torch.inference_mode():
@@ -90,7 +90,7 @@ def measure(name: str, batch: int, options: argparse.Namespace) -> None:
         print(f"| {variant} | {median:.2f} ± {spread:.2f} |", flush=True)
 
 
-def student_of(model: nn.Module, size: int, bits: int, residual_bits: int | None) -> nn.Module:
+def student_of(model: nn.Module, size: int, bits: int, residual_bits: str | None) -> nn.Module:
     """Return a calibrated student in eval mode."""
     student = copy.deepcopy(model)
     quantize_model(

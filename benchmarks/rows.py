@@ -172,7 +172,8 @@ class Rows:
             config = QuantizationConfig(
                 row.quantizer,
                 weight_bits=row.bits,
-                depthwise_bits=None,  # as in the papers, and when the first rows were measured
+                depthwise_bits=None,  # these two as in the papers, and when the first rows were measured
+                residual_bits=None,
                 activation_bits=row.bits,
                 first_last_bits=row.first_last_bits,
                 quantizer_kwargs=json.loads(row.quantizer_kwargs),

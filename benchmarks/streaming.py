@@ -86,7 +86,7 @@ def train(folder: Path, teacher_folder: Path) -> None:
     """Train in one of the processes, from the last complete checkpoint if there is one."""
     teacher = load_model(str(teacher_folder))
     student = copy.deepcopy(teacher)
-    quantize_model(student, QuantizationConfig(weight_bits=2, activation_bits=2))
+    quantize_model(student, QuantizationConfig(weight_bits=2, activation_bits=2, residual_bits=None))
     data = load_image_data("fashion_mnist")
     expected = preprocessing(teacher)
     transform = ImageTransform(28, expected.mean, expected.std, interpolation=expected.interpolation)

@@ -130,7 +130,7 @@ def reference_of(row: str) -> str:
 def student_of(model: nn.Module, images: torch.Tensor, method: str, bits: int) -> nn.Module:
     """Return a calibrated student with `bits` for every layer."""
     student = copy.deepcopy(model)
-    config = QuantizationConfig(quantizer=method, weight_bits=bits, activation_bits=bits)
+    config = QuantizationConfig(quantizer=method, weight_bits=bits, activation_bits=bits, residual_bits=None)
     quantize_model(student, config)
     calibrate_model(student, [images], disable_progress=True)
     return student.train()

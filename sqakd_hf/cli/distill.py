@@ -128,7 +128,7 @@ def distil(
     if script.num_threads:
         torch.set_num_threads(script.num_threads)
     recipe = Recipe.of(script.recipe)
-    config = quantization.to_config(affine_activations=recipe.keeps_statistics)
+    config = quantization.to_config(as_published=not recipe.keeps_statistics)
     output = Path(args.output_dir)
 
     data = load_image_data(

@@ -25,8 +25,11 @@ class QuantizationArguments:
         default="none", metadata={"help": "1 to 8 for q, k, v and softmax outputs, or none for float"}
     )
     residual_bits: str = field(
-        default="none",
-        metadata={"help": "1 to 8 for what residual connections of convolutions add, or none for float"},
+        default="auto",
+        metadata={
+            "help": "1 to 8 for what residual connections of convolutions add and global pooling takes, none for "
+            "float; auto: 8, which engines want"
+        },
     )
     depthwise_bits: str = field(
         default="auto",
@@ -42,12 +45,13 @@ class QuantizationArguments:
     modules_to_not_convert: list[str] = field(default_factory=list, metadata={"help": "name patterns left in float"})
     quantizer_kwargs: str = field(default="{}", metadata={"help": 'JSON options of the quantizer: {"delta": 0.01}'})
 
-    def to_config(self, affine_activations: bool = True) -> QuantizationConfig:
+    def to_config(self, as_published: bool = False) -> QuantizationConfig:
         """Return the configuration that the arguments describe.
 
         Args:
-            affine_activations (`bool`, *optional*, defaults to `True`): Let `lsq` have the activations of `lsq+`,
-                whose range has two ends, unless another quantizer is asked for.
+            as_published (`bool`, *optional*, defaults to `False`): Make of `auto` what the papers have: activations by
+                the weights' quantizer, and residual connections in float. Else `lsq` has the activations of `lsq+`,
+                whose range has two ends.
         """
         options = asdict(self)
         names = [name for name in options if name.endswith("_bits")]
@@ -55,7 +59,9 @@ class QuantizationArguments:
             text = options[name]
             options[name] = None if text.lower() == "none" else int(text) if text.isdecimal() else text
         if self.activation_quantizer == "auto":
-            options["activation_quantizer"] = "lsq+" if affine_activations and self.quantizer == "lsq" else None
+            options["activation_quantizer"] = "lsq+" if self.quantizer == "lsq" and not as_published else None
+        if self.residual_bits == "auto" and as_published:
+            options["residual_bits"] = None
         for name in ("overrides", "quantizer_kwargs"):
             options[name] = parse_json(name, options[name])
         return QuantizationConfig(**options)

@@ -220,7 +220,10 @@ def _require_finite(x: torch.Tensor, what: str) -> None:
 def _batch_statistics(batch_norms: list[nn.Module], keep_running: bool) -> Iterator[None]:
     """Let BatchNorm layers normalise by the batch; their running statistics stay, or become the plain average."""
     momenta = [module.momentum for module in batch_norms]
-    running = [{name: buffer.clone() for name, buffer in module.named_buffers()} for module in batch_norms]
+    # Not the buffers of a quantizer of its output, whose range is set meanwhile.
+    running = [
+        {name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)} for module in batch_norms
+    ]
     try:
         for module in batch_norms:
             module.training = True  # not train(), which reaches children of subclasses
@@ -236,7 +239,7 @@ def _batch_statistics(batch_norms: list[nn.Module], keep_running: bool) -> Itera
             module.training = False
             module.momentum = momentum
             if keep_running:
-                for name, buffer in module.named_buffers():
+                for name, buffer in module.named_buffers(recurse=False):
                     buffer.copy_(buffers[name])
 
 

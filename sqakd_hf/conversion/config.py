@@ -30,6 +30,8 @@ LAYER_FIELDS = (
     "integer_zero_point",
     "quantizer_kwargs",
 )
+# Sums, and maps before pooling, of fewer bits cost quality, and no engine gains by them.
+RESIDUAL_BITS = 8
 # Depthwise convolutions of fewer bits cost most of what a network loses at 4 bits, and are few of its weights.
 DEPTHWISE_BITS = 8
 OVERRIDABLE = (*LAYER_FIELDS, "attention_bits")
@@ -54,9 +56,10 @@ class QuantizationConfig(QuantizationConfigMixin):
             activations; `None` leaves both in full precision, as the paper does.
         attention_bits (`int`, *optional*): Bits of the operands of attention's products: queries, keys, values and
             the softmax's output. `None`, the default, leaves them in float. Needs `"sdpa"` or `"eager"` attention.
-        residual_bits (`int`, *optional*): Bits of the feature maps that residual connections of convolutional networks
-            add. `None`, the default, leaves them in float, as the papers do; engines without integer convolutions
-            that put out floats (ONNX Runtime) want 8.
+        residual_bits (`int` or `str`, *optional*, defaults to `"auto"`): Bits of the feature maps that residual
+            connections of convolutional networks add and that global pooling takes. Engines whose integer
+            convolutions put out integers alone (ONNX Runtime) compute in float where these are in float. `"auto"` is 8
+            where there are such maps; `None` leaves them in float, as the papers do.
         depthwise_bits (`int` or `str`, *optional*, defaults to `"auto"`): Bits of depthwise convolutions, weights and
             activations. `"auto"` gives them 8 where 4 or fewer were asked: at 4 bits they are what mobile networks
             lose most by, and 3 % of their bytes. `None` treats them as the other layers.
@@ -86,7 +89,7 @@ class QuantizationConfig(QuantizationConfigMixin):
     per_channel: bool = True
     first_last_bits: int | None = 8
     attention_bits: int | None = None
-    residual_bits: int | None = field(default=None, kw_only=True)
+    residual_bits: int | str | None = field(default="auto", kw_only=True)
     depthwise_bits: int | str | None = field(default="auto", kw_only=True)
     activation_quantizer: str | None = field(default=None, kw_only=True)
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -107,8 +110,8 @@ class QuantizationConfig(QuantizationConfigMixin):
             check_bits(self.first_last_bits, "first_last_bits (None leaves both layers in full precision)")
         if self.attention_bits is not None:
             check_bits(self.attention_bits, "attention_bits (None leaves attention's products in float)")
-        if self.residual_bits is not None:
-            check_bits(self.residual_bits, "residual_bits (None leaves residual connections in float)")
+        if self.residual_bits is not None and self.residual_bits != "auto":
+            check_bits(self.residual_bits, "residual_bits ('auto': 8 where there are any; None: in float)")
         if self.depthwise_bits is not None and self.depthwise_bits != "auto":
             check_bits(self.depthwise_bits, "depthwise_bits ('auto': 8 for 4 or fewer; None: as the other layers)")
         if isinstance(self.modules_to_not_convert, str) or not isinstance(self.modules_to_not_convert, Iterable):
@@ -188,6 +191,12 @@ class QuantizationConfig(QuantizationConfigMixin):
             return {name: DEPTHWISE_BITS for name, bits in asked.items() if bits <= FEW_BITS}
         return dict.fromkeys(asked, self.depthwise_bits)
 
+    def resolved_residual_bits(self) -> int | None:
+        """Return the bits of what residual connections add; `"auto"` leaves it in float where activations are."""
+        if self.residual_bits == "auto":
+            return None if self.activation_bits is None else RESIDUAL_BITS
+        return self.residual_bits
+
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict of all fields; `overrides` as a list of `[pattern, options]` pairs, in order."""
         return {**asdict(self), "overrides": [[pattern, dict(options)] for pattern, options in self.overrides.items()]}
@@ -226,8 +235,8 @@ class QuantizationConfig(QuantizationConfigMixin):
             close = "".join(suggest(key, known) for key in unknown)
             raise InputError(f"Unknown quantization config keys: {', '.join(unknown)}.{close}")
         if "format_version" in config_dict:
-            # A saved config has all fields: one without this was saved before there was a choice.
-            config_dict = {"depthwise_bits": None, **config_dict}
+            # A saved config has all fields: one without these was saved before there was a choice.
+            config_dict = {"depthwise_bits": None, "residual_bits": None, **config_dict}
         own = {key: kwargs.pop(key) for key in list(kwargs) if key in known}
         config = cls(**{**config_dict, **own})
         return (config, kwargs) if return_unused_kwargs else config

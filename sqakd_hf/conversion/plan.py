@@ -29,7 +29,7 @@ class LayerPlan:
     where it is not `quantizer`.
 
     A module that computes attention has a line too: no weights, and in `activation_bits` those of its operands. So has
-    a module whose output is added by a residual connection: in `activation_bits` those of that output.
+    a module whose output is added by a residual connection or pooled: in `activation_bits` those of that output.
     """
 
     name: str
@@ -102,7 +102,8 @@ class QuantizationPlan:
 
     `attention` has a line for each module that multiplies activations by each other, `others` one for each that
     multiplies by matrices of its own without being a layer with a quantized form: recurrent networks, bare parameters.
-    `residuals` has one for each module whose output a residual connection adds, where that is quantized.
+    `residuals` has one for each module whose output a residual connection adds, or global pooling takes, where that is
+    quantized.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -186,7 +187,7 @@ class QuantizationPlan:
         attention = Counter(line.activation_bits for line in self.attention if line.skipped is None)
         parts += [f"attention of {count} at A{bits}" for bits, count in attention.most_common()]
         residuals = Counter(line.activation_bits for line in self.residuals if line.skipped is None)
-        parts += [f"{count} residual feature maps at A{bits}" for bits, count in residuals.most_common()]
+        parts += [f"{count} added or pooled feature maps at A{bits}" for bits, count in residuals.most_common()]
         return f"{len(self.layers) + len(self.others)} layers: {', '.join(parts)}"
 
     def __str__(self) -> str:
@@ -195,7 +196,7 @@ class QuantizationPlan:
             if layer.skipped is not None:
                 end = ("float", f"({layer.skipped})", "", "")
             elif layer.weight_bits is None:
-                what = "output, added" if layer in self.residuals else "q, k, v and softmax"
+                what = "output" if layer in self.residuals else "q, k, v and softmax"
                 end = (f"A{layer.activation_bits}", layer.activation_quantizer or layer.quantizer, "", what)
             else:
                 ranges = "per channel" if layer.per_channel else "per tensor"

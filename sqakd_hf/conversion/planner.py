@@ -45,7 +45,9 @@ def plan_quantization(
     attention = {} if trace is None else trace.attention
     names = list(candidates)
     others = [] if trace is None else list(trace.others)
-    residuals = {} if trace is None or config.residual_bits is None else trace.residuals
+    residuals = {} if trace is None or config.resolved_residual_bits() is None else trace.residuals
+    if config.residual_bits == "auto":
+        residuals = {name: reason for name, reason in residuals.items() if name in trace.by_convolutions}
     known = [*names, *attention, *others, *residuals]
     check_patterns(config.modules_to_not_convert, known, "modules_to_not_convert")
     check_patterns(list(config.overrides), [*names, *attention], "overrides")
@@ -88,9 +90,10 @@ def plan_quantization(
         _plan_residual(name, type(model.get_submodule(name)).__name__, config, reason)
         for name, reason in residuals.items()
     )
-    if config.residual_bits is not None and not any(line.skipped is None for line in outputs):
+    if config.residual_bits not in (None, "auto") and not any(line.skipped is None for line in outputs):
         raise InputError(
-            f"residual_bits is set, but no addition of convolutions' feature maps was found in {type(model).__name__}"
+            "residual_bits is set, but no convolutions' feature maps that are added or pooled were found in "
+            f"{type(model).__name__}"
             + (", which does not run on noise: pass example images." if trace is None else ".")
         )
     wants_attention = config.attention_bits is not None or any(
@@ -264,7 +267,7 @@ def _plan_residual(name: str, layer_type: str, config: QuantizationConfig, reaso
     options = config.layer_options()
     return LayerPlan(
         **base,
-        activation_bits=config.residual_bits,
+        activation_bits=config.resolved_residual_bits(),
         **{key: options[key] for key in _OF_ACTIVATIONS},
     )
 

@@ -31,8 +31,10 @@ class Trace:
             attention whose operands can be told apart, or why not.
         attention_macs (`dict[str, int]`): Module → multiply-accumulates of its products of activations.
         residuals (`dict[str, str | None]`): Module that puts out a feature map of convolutions which is added to
-            another one, or is such a sum and goes into a layer → `None`; or a module that adds what no module of its
-            own puts out → that reason.
+            another one or pooled to one number a channel, or is such a sum and goes into a layer → `None`; or a module
+            that adds what no module of its own puts out → that reason.
+        by_convolutions (`set[str]`): Those of `residuals` whose map one convolution puts out, with nothing but what
+            engines compute along with it.
         others (`dict[str, tuple[int, int]]`): Module that multiplies by matrices of its own without being a layer
             (recurrent networks, bare parameters) → elements of these matrices, multiply-accumulates.
     """
@@ -45,6 +47,7 @@ class Trace:
     attention: dict[str, str | None] = field(default_factory=dict)
     attention_macs: dict[str, int] = field(default_factory=dict)
     residuals: dict[str, str | None] = field(default_factory=dict)
+    by_convolutions: set[str] = field(default_factory=set)
     others: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -74,6 +77,8 @@ class Watcher(TorchFunctionMode):
         self.reached: dict[str, set[str]] = {}
         self.calls: dict[str, int] = {}
         self.added: list[tuple[str, list[str]]] = []  # module that adds → those that put the operand out, inner first
+        self.pooled: list[list[str]] = []  # the same, of what is pooled
+        self.fused: list[list[str]] = []  # those of both that a convolution puts out
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -120,6 +125,7 @@ class Watcher(TorchFunctionMode):
             self._add_macs(name, count(weight_of(self.layers[name]), tensors_in(inputs), outputs[0]))
         for tensor in outputs:
             set_sources(tensor, frozenset([name]))
+            tensor._sqakd_fused = weight_of(self.layers[name]).dim() == tensor.dim() == 4
 
     def _add_macs(self, layer: str, macs: int) -> None:
         self.trace.macs[layer] = self.trace.macs.get(layer, 0) + macs
@@ -127,8 +133,13 @@ class Watcher(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         is_residual = func in ADDITIONS and self._watch_addition([args, kwargs])
+        # Read before an operation in place marks its input anew.
+        fused = [tensor for tensor in tensors_in(args[:1]) if getattr(tensor, "_sqakd_fused", False)]
         output = func(*args, **kwargs)
         outputs = tensors_in(output)
+        if func in POOLS and fused and outputs[0].numel() == math.prod(fused[0].shape[:2]):
+            self.pooled.append(list(_returned_by(fused[0])))
+            self.fused.append(self.pooled[-1])
         if not outputs and not tensors_in(args):
             return output
         inputs = tensors_in([args, kwargs])
@@ -146,6 +157,7 @@ class Watcher(TorchFunctionMode):
                 same = len(inputs) == 1 and inputs[0].shape == tensor.shape
                 tensor._sqakd_sum = is_residual or (same and getattr(inputs[0], "_sqakd_sum", False))
                 tensor._sqakd_returned_by = []
+                tensor._sqakd_fused = bool(fused) and func in FUSED
         changed = [*outputs, args[0]] if name == "__setitem__" and isinstance(args[0], torch.Tensor) else outputs
         for tensor in changed:
             if not isinstance(tensor, nn.Parameter):
@@ -162,6 +174,7 @@ class Watcher(TorchFunctionMode):
             return False
         user = self.active[-1] if self.active else ""
         self.added += [(user, list(_returned_by(x))) for x in operands]
+        self.fused += [list(_returned_by(x)) for x in operands if getattr(x, "_sqakd_fused", False)]
         return True
 
     def _foreign_use(
@@ -265,20 +278,25 @@ class Watcher(TorchFunctionMode):
         for counts in (trace.macs, trace.attention_macs):
             counts.update({name: count // images for name, count in counts.items()})
         trace.others = {name: (sum(used.values()), self.used_macs[name] // images) for name, used in self.used.items()}
-        for user, modules in self.added:
-            # A module that is called several times (a shared activation) puts out other things as well.
-            once = [name for name in modules if self.calls[name] == 1]
-            if once:
-                named = (name for name in once if not isinstance(self.model.get_submodule(name), nn.Identity))
-                trace.residuals[next(named, once[0])] = None
+        for user, modules in [*self.added, *(("", modules) for modules in self.pooled)]:
+            if (name := self._put_out_by(modules)) is not None:
+                trace.residuals[name] = None
             elif user:
                 trace.residuals.setdefault(user, "it adds what is the output of no module of its own")
+        trace.by_convolutions = {self._put_out_by(modules) for modules in self.fused} & trace.residuals.keys()
         trace.attention = {
             name: self._why_not_attention(name)
             for name, products in self.products.items()
             if {"attention", "values", "scores"} & set(products)
         }
         return trace
+
+    def _put_out_by(self, modules: list[str]) -> str | None:
+        """Return the innermost of these modules that does no more than put out one tensor."""
+        # A module that is called several times (a shared activation) puts out other things as well.
+        once = [name for name in modules if self.calls[name] == 1]
+        named = (name for name in once if not isinstance(self.model.get_submodule(name), nn.Identity))
+        return next(named, once[0] if once else None)
 
     def _why_not_attention(self, name: str) -> str | None:
         products = [kind for kind in self.products[name] if kind != "softmax"]
@@ -293,6 +311,26 @@ class Watcher(TorchFunctionMode):
         return None
 
 
+# What engines compute as a part of the convolution before it.
+FUSED = {
+    F.batch_norm,
+    F.max_pool2d,
+    F.relu,
+    F.relu6,
+    F.hardtanh,
+    torch.relu,
+    torch.relu_,
+    torch.Tensor.relu,
+    torch.Tensor.relu_,
+} | {
+    torch.clamp,
+    torch.Tensor.clamp,
+    torch.Tensor.clamp_,
+}
+POOLS = {F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.avg_pool2d, torch.mean, torch.Tensor.mean} | {
+    torch.amax,
+    torch.Tensor.amax,
+}
 # Functions that take many matrices at once.
 _TAKE_MANY = {"lstm", "gru", "rnn_tanh", "rnn_relu", "multi_head_attention_forward"}
 

@@ -77,7 +77,7 @@ class BestStudent:
         """Replace BatchNorm's statistics by those of training images, unless held-out images say that it does harm."""
         trainer = self._trainer
         norms = batch_norms(trainer.model)
-        before = [{name: buffer.clone() for name, buffer in module.named_buffers()} for module in norms]
+        before = [{name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)} for module in norms]
         images = trainer.sample_images(trainer.args.reestimate_batch_norm)
         reestimate_batch_norm(trainer.model, images, disable_progress=not trainer.is_world_process_zero())
         if not self.is_chosen:
@@ -95,7 +95,7 @@ class BestStudent:
             best,
         )
         for module, buffers in zip(norms, before, strict=True):
-            for key, buffer in module.named_buffers():
+            for key, buffer in module.named_buffers(recurse=False):
                 buffer.copy_(buffers[key])
         self._note_kept()
 

@@ -1,7 +1,7 @@
 """Which layers of a student engines compute with integers: read off the graph that would be exported."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,10 +13,14 @@ from .graph import MOVES
 from .integer_tensors import Placement
 
 
-ENGINES = ("onnxruntime", "openvino", "tensorrt")
+ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorrt": "TensorRT"}
+# Share of the multiply-accumulates: with half of a ResNet-18's or two thirds of a MobileNetV2's as integers, ONNX
+# Runtime was no faster than in float32, with five sixths of a small ViT's 3 times as fast.
+ENOUGH = 0.75
 PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 NARROW = "it opens no file with {}-bit integers (container='int8')"
 BITS = {"uint2": 2, "uint4": 4}
+HINT = " (residual_bits='auto' makes it integers)"
 # TensorRT quantizes symmetrically.
 UNSIGNED = "it wants int8 activations with a zero point of 0, and these are uint8 (signed_activations=True)"
 
@@ -31,6 +35,7 @@ class LayerSupport:
         onnxruntime, openvino, tensorrt (`str`, *optional*): Why the engine computes it in float; `None`: it has a
             kernel for these integers. For ONNX Runtime and OpenVINO on a CPU this was held against what they did; for
             TensorRT it is read from its documentation.
+        macs (`int`, *optional*): Its multiply-accumulates for one image; `None` where they are not known.
     """
 
     layer: str
@@ -38,6 +43,7 @@ class LayerSupport:
     onnxruntime: str | None = None
     openvino: str | None = None
     tensorrt: str | None = None
+    macs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,12 +66,28 @@ class DeployReport:
         """Return the layers for which an engine, one of `ENGINES`, has an integer kernel."""
         return [kernel for kernel in self.kernels if getattr(kernel, engine) is None]
 
+    def integer_share(self, engine: str) -> float | None:
+        """Return the share of the network's multiply-accumulates that an engine has integer kernels for, if known."""
+        if not self.coverage.macs:
+            return None
+        own = sum(kernel.macs or 0 for kernel in self.with_integers(engine))
+        return own / (self.coverage.macs + (self.coverage.attention_macs or 0))
+
+    def verdict(self, engine: str) -> str:
+        """Return what to expect of the file in an engine; `sqakd benchmark` measures it on a processor."""
+        smaller = f"{4 * self.coverage.weights / self.file_bytes:.1f} × smaller than float32"
+        share, count = self.integer_share(engine), len(self.with_integers(engine))
+        speed = f"integers in {count} of {len(self.kernels)} layers"
+        if share is not None:
+            speed += f", {share:.0%} of the MACs: {'faster' if share >= ENOUGH else 'no faster, or hardly'}"
+        return f"{smaller}; {speed}"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready data."""
-        return asdict(self)
+        return {**asdict(self), "verdicts": {engine: self.verdict(engine) for engine in ENGINES}}
 
     def __str__(self) -> str:
-        rows = [("layer", "operator", "ONNX Runtime", "OpenVINO", "TensorRT")]
+        rows = [("layer", "operator", *ENGINES.values())]
         notes: dict[str, int] = {}
         for kernel in self.kernels:
             cells = []
@@ -75,31 +97,35 @@ class DeployReport:
             rows.append((kernel.layer, kernel.operator, *cells))
         lines = text_table(rows)
         lines += [f"({number}) {reason}" for reason, number in notes.items()]
-        shares = [f"{len(self.with_integers(e))} {name}" for e, name in zip(ENGINES, rows[0][2:], strict=True)]
-        lines.append(f"integer kernels for {', '.join(shares)}, of {len(self.kernels)} layers")
+        lines += [f"{name}: {self.verdict(engine)}" for engine, name in ENGINES.items()]
         lines.append(f"{self.container}: a file of {self.file_bytes:,} bytes; {self.coverage}")
         return "\n".join(lines)
 
 
-def kernels(graph: ir.Graph, placements: Sequence[Placement]) -> tuple[LayerSupport, ...]:
-    """Return a line for each weight of a lowered graph."""
+def kernels(
+    graph: ir.Graph, placements: Sequence[Placement], macs: Mapping[str, int | None]
+) -> tuple[LayerSupport, ...]:
+    """Return a line for each weight of a lowered graph, with its layer's multiply-accumulates."""
     narrowest = min((BITS.get(placement.storage, 8) for placement in placements), default=8)
     # ONNX Runtime makes bytes of narrower integers when it opens a file, OpenVINO of those of 4 bits.
     closed = {
         "openvino": NARROW.format(narrowest) if narrowest < 4 else None,
         "tensorrt": NARROW.format(narrowest) if narrowest < 8 else None,
     }
+    # Where additions have quantizers and one is still in float, more of them are no help.
+    hint = "" if any(placement.name.endswith("output_quantizer") for placement in placements) else HINT
     found = []
     for placement in placements:
         if placement.kind != "weight":
             continue
-        each = [_kernel(placement, node) for node in _appliers(_values(graph, placement))]
+        each = [_kernel(placement, node, hint) for node in _appliers(_values(graph, placement))]
         # Where a layer is called several times, what is not so everywhere is not so.
         reasons = {
             engine: next(filter(None, (closed.get(engine), *(getattr(kernel, engine) for kernel in each))), None)
             for engine in ENGINES
         }
-        found.append(LayerSupport(placement.name, each[0].operator, **reasons))
+        name = placement.name
+        found.append(LayerSupport(name, each[0].operator, **reasons, macs=macs.get(name)))
     return tuple(found)
 
 
@@ -122,7 +148,7 @@ def _appliers(weight: ir.Value) -> Iterator[ir.Node]:
             yield use.node
 
 
-def _kernel(placement: Placement, node: ir.Node) -> LayerSupport:
+def _kernel(placement: Placement, node: ir.Node, hint: str) -> LayerSupport:
     reason = placement.reason and f"its weight has {placement.reason}"
     if reason is None and node.op_type not in PRODUCTS:
         reason = f"{node.op_type} multiplies nothing"
@@ -130,7 +156,8 @@ def _kernel(placement: Placement, node: ir.Node) -> LayerSupport:
     if reason is not None:
         return LayerSupport(placement.name, node.op_type, reason, reason, reason)
     signed = _quantizer_of(node.inputs[0]).inputs[0].dtype == ir.DataType.INT8
-    return LayerSupport(placement.name, node.op_type, _why_not_onnxruntime(node), None, None if signed else UNSIGNED)
+    onnxruntime = _why_not_onnxruntime(node, hint)
+    return LayerSupport(placement.name, node.op_type, onnxruntime, None, None if signed else UNSIGNED)
 
 
 def _quantizer_of(value: ir.Value) -> ir.Node | None:
@@ -150,7 +177,7 @@ def _why_no_codes(value: ir.Value) -> str | None:
     return None
 
 
-def _why_not_onnxruntime(node: ir.Node) -> str | None:
+def _why_not_onnxruntime(node: ir.Node, hint: str) -> str | None:
     if node.op_type == "ConvTranspose":
         return "ONNX Runtime has no integer ConvTranspose"
     if node.op_type != "Conv":
@@ -166,4 +193,4 @@ def _why_not_onnxruntime(node: ir.Node) -> str | None:
     reason = (
         f"ONNX Runtime's convolutions put out integers alone, and this one's goes to {' and '.join(others)} in float"
     )
-    return reason + " (residual_bits=8 makes it integers)" * (others == ["Add"])
+    return reason + hint * (others == ["Add"])

@@ -172,8 +172,9 @@ def deploy_report(
     student = with_ranges(student, example)
     exported, placements = _lowered(student, example, container, signed_activations, False, output_field)
     size = _proto(exported).ByteSize()
-    coverage = student.quantization_plan.coverage()
-    return DeployReport(kernels(exported.graph, placements), coverage, size, container)
+    plan = student.quantization_plan
+    found = kernels(exported.graph, placements, {layer.name: layer.macs for layer in plan})
+    return DeployReport(found, plan.coverage(), size, container)
 
 
 def open_session(path: str | os.PathLike) -> tuple[onnxruntime.InferenceSession, Preprocessing]:

@@ -26,7 +26,8 @@ from .tracing import INPUT, Outputs, trace
 
 
 NAMES = ("PyTorch", "ONNX Runtime", "OpenVINO")
-FLOAT, INT8 = "float32", "int8 file"
+FLOAT, HALF, INT8 = "float32", "bfloat16", "int8 file"
+NO_FASTER = 1.02  # ratios up to this, and down to its inverse, are no difference
 REPEATS = 5  # batches in one go, so that most find their weights in the caches, as where one model runs
 Run = Callable[[], object]
 
@@ -37,7 +38,8 @@ class Latency:
 
     Args:
         engine (`str`): A name in `NAMES`.
-        what (`str`): `"float32"`, `"student"` (integers simulated in float) or `"int8 file"` (the student exported).
+        what (`str`): `"float32"`, `"bfloat16"` (in OpenVINO, where the processor computes with it), `"student"`
+            (integers simulated in float) or `"int8 file"` (the student exported).
         milliseconds (`float`): Median time of a batch.
         speed_up (`float`): Median over the rounds of PyTorch's float32 time by this one's.
         spread (`float`): Half the interquartile range of that.
@@ -71,9 +73,23 @@ class LatencyReport:
     file_bytes: int
     versions: dict[str, str]
 
+    def verdicts(self) -> dict[str, str]:
+        """Return for each engine whether the student's file is worth it, beside the fastest float network there."""
+        smaller = f"{self.float_bytes / self.file_bytes:.1f} × smaller"
+        return {each.engine: f"{smaller}, {self._speed(each)}" for each in self.latencies if each.what == INT8}
+
+    def _speed(self, file: Latency) -> str:
+        floats = [each for each in self.latencies if each.engine == file.engine and each.what in (FLOAT, HALF)]
+        fastest = max(floats, key=lambda each: each.speed_up)
+        ratio = file.speed_up / fastest.speed_up
+        if ratio > NO_FASTER:
+            return f"{ratio:.2f} × faster than {fastest.what}"
+        slower = f"{1 / ratio:.2f} × slower than" if ratio < 1 / NO_FASTER else "no faster than"
+        return f"{slower} {fastest.what} here"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready data."""
-        return asdict(self)
+        return {**asdict(self), "verdicts": self.verdicts()}
 
     def __str__(self) -> str:
         engines = ", ".join(f"{name} {number}" for name, number in self.versions.items())
@@ -85,6 +101,7 @@ class LatencyReport:
             name = f"{each.engine}, {each.what}"
             lines.append(f"{name:<27}  {each.milliseconds:>10.2f}  {each.speed_up:>8.2f} ± {each.spread:.2f}")
         lines.append(f"ONNX files: float32 {self.float_bytes:,} bytes, int8 {self.file_bytes:,}")
+        lines += [f"{engine}: {verdict}" for engine, verdict in self.verdicts().items()]
         if "OpenVINO" not in self.versions:
             lines.append("OpenVINO is not installed here: pip install sqakd-hf[openvino]")
         return "\n".join(lines)
@@ -147,7 +164,9 @@ def measure_latency(
         for what, path in files.items():
             found = engine_runs(path, images, threads, in_float32=what == FLOAT)
             runs |= {(engine, what): run for engine, run in found.items()}
-        in_order = sorted(runs, key=lambda key: NAMES.index(key[0]))
+        if _openvino_is_there() and "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            runs["OpenVINO", HALF] = engine_runs(files[FLOAT], images, threads)["OpenVINO"]
+        in_order = sorted(runs, key=lambda key: (NAMES.index(key[0]), key[1] == INT8))
         with torch.inference_mode():
             seconds = interleaved({key: functools.partial(repeat, runs[key]) for key in in_order}, rounds)
         float_bytes, file_bytes = (path.stat().st_size for path in files.values())

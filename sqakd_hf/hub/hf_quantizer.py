@@ -90,6 +90,10 @@ class SQAKDHfQuantizer(HfQuantizer):
         self.base_model = hub_id(getattr(model.config, "_name_or_path", None))
         model.hf_quantizer = self
         model.push_to_hub = functools.partial(_push_to_hub, model)
+        if type(model.config).__name__ == "TimmWrapperConfig":
+            from .labelled_config import LabelledTimmConfig  # which imports timm
+
+            model.config.__class__ = LabelledTimmConfig
         model.config.quantization_config = self.quantization_config  # last: nobody takes it back where this fails
 
     # --- loading ---

@@ -38,7 +38,7 @@ class Manifest:
         base_model (`str`, *optional*): Hub id of the full-precision model.
         attention (`dict`): Module that computes attention → its line of the plan.
         others (`dict`): Module that multiplies by matrices of its own → its line of the plan, in float.
-        residuals (`dict`): Module whose output a residual connection adds → its line of the plan.
+        residuals (`dict`): Module whose output a residual connection adds or pooling takes → its line of the plan.
     """
 
     format: str

@@ -134,7 +134,7 @@ class TestInspect:
         facts = json.loads(printed(capsys, "inspect", distilled, "--json"))
         assert facts["plan"]["coverage"]["quantized_layers"] == len(facts["deploy"]["kernels"])
         said = printed(capsys, "inspect", distilled)
-        assert "W2A2" in said and "integer kernels for" in said
+        assert "W2A2" in said and "ONNX Runtime: " in said
 
     def test_a_model_that_is_not_quantized_yet(self, capsys):
         arguments = ["timm/test_resnet", "--weight_bits", 3, "--residual_bits", 8, "--num_labels", 7, "--json"]
@@ -144,7 +144,7 @@ class TestInspect:
 
     def test_a_page_for_the_browser(self, distilled, capsys, tmp_path):
         said = printed(capsys, "inspect", distilled, "--html", tmp_path / "page.html")
-        assert "integer kernels for" in said and f"The report is in {tmp_path / 'page.html'}." in said
+        assert "ONNX Runtime: " in said and f"The report is in {tmp_path / 'page.html'}." in said
         page = (tmp_path / "page.html").read_text()
         accuracy = json.loads((distilled / "results.json").read_text())["student"]["accuracy"]
         for expected in (f"{accuracy:.2%}", " dB", "OpenVINO, int8 file", ">integer<", 'class="codes"'):
@@ -361,5 +361,5 @@ class TestDamagedModels:
     def test_a_config_alone_is_an_architecture_and_said_to_be_one(self, whole, tmp_path, capsys, caplog):
         shutil.copy(whole / "float" / "config.json", tmp_path)
         said = printed(capsys, "inspect", tmp_path, "--num_labels", 7)
-        assert "W2A2" in said and "integer kernels for" in said
+        assert "W2A2" in said and "ONNX Runtime: " in said
         assert "Random weights" in caplog.text and "has no trained weights" in caplog.text

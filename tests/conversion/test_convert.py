@@ -122,7 +122,7 @@ class TestQuantizeModel:
         assert list(quantized_layers(conv_net)) == ["stem.0", "body.0", "body.3", "head"]
         assert all(conv_net.get_parameter(name) is parameter for name, parameter in parameters.items())
         assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
-            ("INFO", "Quantized 4 layers: 2 at W8A8, 2 at W2A2.")
+            ("INFO", "Quantized 4 layers: 2 at W8A8, 2 at W2A2, 1 added or pooled feature maps at A8.")
         ]
 
     def test_notes_the_config_where_transformers_saves_it(self, vit, conv_net):
@@ -134,7 +134,8 @@ class TestQuantizeModel:
         assert QuantizationConfig.from_dict(vit.config.to_dict()["quantization_config"]) == config
 
     def test_takes_the_default_config(self, conv_net):
-        assert quantize_model(conv_net).summary() == "4 layers: 2 at W8A8, 2 at W2A2"
+        plan = quantize_model(conv_net)
+        assert plan.summary() == "4 layers: 2 at W8A8, 2 at W2A2, 1 added or pooled feature maps at A8"
 
     @pytest.mark.parametrize("config", [{"weight_bits": 4}, "lsq", 4], ids=repr)
     def test_takes_no_other_config(self, conv_net, config):
@@ -1302,7 +1303,7 @@ class TestPlannedLayers:
     @pytest.mark.parametrize("wrap", [lambda model: model, Wrapper], ids=["bare", "wrapped"])
     @pytest.mark.parametrize(("change", "found"), CHANGES.values(), ids=CHANGES)
     def test_a_change_after_quantization_is_named(self, change, found, wrap):
-        student = self.student()
+        student = self.student(residual_bits=None)
         require_planned_layers(wrap(student))
         with pytest.raises(InputError, match=f"{found}.*is done to the float model: do it there, then quantize"):
             require_planned_layers(wrap(change(student)))

@@ -443,7 +443,8 @@ class TestText:
             "body.0  Conv2d  576      28.9 M  W2Afloat  ewgs                                per tensor",
             "body.3  Conv2d  576      7.1 M   W2A4      lsq                                 per channel",
             "head    Linear  64       64      float     (listed in modules_to_not_convert)",
-            "4 layers: 1 at W8A8, 1 at W2Afloat, 1 at W2A4, 1 in float",
+            "body.4  ReLU                     A8        lsq                                                output",
+            "4 layers: 1 at W8A8, 1 at W2Afloat, 1 at W2A4, 1 in float, 1 added or pooled feature maps at A8",
             # 216 bytes, 144, 144 and 256; 46.8 M * 32 * 32 over 10.8 M * 8 * 8 + 28.9 M * 2 * 32 + 7.1 M * 2 * 4.
             "quantized: 95.5 % of the weights (0.76 kB), 100.0 % of the layers' 46.8 M MACs, "
             "18.4 x fewer bit operations than in float",
@@ -462,8 +463,8 @@ class TestText:
 
     def test_large_counts_are_grouped(self, resnet18):
         text = str(plan_quantization(resnet18, QuantizationConfig()))
-        assert "layer4.1.conv2         Conv2d  2,359,296  115.6 M  W2A2  lsq        per channel" in text
-        assert "\n21 layers: 19 at W2A2, 2 at W8A8\n" in text
+        assert "layer4.1.conv2         Conv2d       2,359,296  115.6 M  W2A2  lsq        per channel" in text
+        assert "\n21 layers: 19 at W2A2, 2 at W8A8, 12 added or pooled feature maps at A8\n" in text
 
     def test_an_own_quantizer_of_activations_is_named(self, conv_net):
         config = QuantizationConfig(activation_quantizer="lsq+", overrides={"head": {"activation_quantizer": "lsq"}})
@@ -472,7 +473,7 @@ class TestText:
 
     def test_summary_puts_the_most_frequent_first(self, conv_net):
         plan = plan_quantization(conv_net, QuantizationConfig(overrides={"head": {"weight_bits": 2}}))
-        assert plan.summary() == "4 layers: 2 at W2A2, 1 at W8A8, 1 at W2A8"
+        assert plan.summary().startswith("4 layers: 2 at W2A2, 1 at W8A8, 1 at W2A8, 1 added")
 
     def test_with_signedness_changes_the_named_layers_of_a_copy(self, conv_net):
         plan = plan_quantization(conv_net, QuantizationConfig())
@@ -484,7 +485,8 @@ class TestText:
     def test_json_and_back(self, conv_net):
         plan = plan_quantization(conv_net, self.CONFIG).with_signedness({"stem.0": True})
         data = json.loads(json.dumps(plan.to_dict()))
-        assert QuantizationPlan(tuple(LayerPlan(**layer) for layer in data["layers"])) == plan
+        tables = {"layers", "attention", "others", "residuals"}
+        assert QuantizationPlan(**{name: tuple(LayerPlan(**line) for line in data[name]) for name in tables}) == plan
         data = data["layers"]
         assert data[1]["quantizer"] == "ewgs" and data[3]["skipped"] == "listed in modules_to_not_convert"
 

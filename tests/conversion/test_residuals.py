@@ -1,4 +1,4 @@
-"""`residual_bits`: the outputs that residual connections add are quantized where they are made."""
+"""`residual_bits`: what residual connections add, and pooling takes, is quantized where it is made."""
 
 import copy
 import io
@@ -8,7 +8,15 @@ import timm
 import torch
 from torch import nn
 
-from sqakd_hf import FakeQuantizer, InputError, QuantizationConfig, calibrate_model, plan_quantization, quantize_model
+from sqakd_hf import (
+    FakeQuantizer,
+    InputError,
+    QuantizationConfig,
+    calibrate_model,
+    list_quantizers,
+    plan_quantization,
+    quantize_model,
+)
 from sqakd_hf.conversion.convert import dequantize_model
 from tests.helpers.training import make_trainer
 
@@ -68,8 +76,8 @@ def test_operands_and_sums_that_go_on_are_quantized_where_they_are_made(style):
     names = ["blocks.0.norm", "stem", "blocks.0.act", "blocks.1.norm"]
     assert [line.name for line in plan.residuals] == names
     assert {(line.activation_bits, line.quantizer, line.skipped) for line in plan.residuals} == {(7, "ewgs", None)}
-    assert "4 residual feature maps at A7" in plan.summary()
-    assert str(plan).count("output, added") == 4
+    assert "4 added or pooled feature maps at A7" in plan.summary()
+    assert str(plan).count("  output\n") == 4
 
 
 def test_the_forward_is_that_of_the_float_blocks_with_quantizers_between():
@@ -108,6 +116,19 @@ def test_each_range_has_a_gradient_and_the_trainer_learns_it(tmp_path):
     assert all(id(trainer.model.get_parameter(n)) in ids for n in ranges) and group["weight_decay"] == 0
 
 
+@pytest.mark.parametrize("quantizer", list_quantizers())
+def test_calibration_by_batch_statistics_keeps_the_range_of_a_norms_output(quantizer):
+    """The statistics that come back afterwards are the norm's own, not what its quantizer holds in buffers."""
+    model = Net("add")
+    quantize_model(model, QuantizationConfig(quantizer))
+    calibrate_model(model, [images()], disable_progress=True)
+    found = model.blocks[0].norm.output_quantizer
+    assert all(torch.isfinite(tensor).all() for tensor in found.range_tensors().values())
+    again = copy.deepcopy(found)
+    again.load_state_dict(found.state_dict())
+    assert again.signed is found.signed is True and again.calibrated
+
+
 def test_copies_pickles_and_the_way_back_to_float():
     float_model = Net("iadd", "add").eval()
     model, _ = student_of(copy.deepcopy(float_model), weight_bits=8, activation_bits=8)
@@ -138,13 +159,13 @@ def test_modules_that_are_not_to_be_converted_are_left_alone():
 
 def test_without_an_addition_of_convolutions_it_is_refused():
     for model in (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), timm.create_model("test_vit")):
-        with pytest.raises(InputError, match="residual_bits is set, but no addition of convolutions' feature maps"):
+        with pytest.raises(InputError, match="residual_bits is set, but no convolutions' feature maps that are added"):
             quantize_model(model, QuantizationConfig(residual_bits=8))
 
 
 @pytest.mark.parametrize("bits", [0, 9, True, "8"])
 def test_bits_are_checked(bits):
-    with pytest.raises(InputError, match=r"^residual_bits \(None leaves residual connections in float\)"):
+    with pytest.raises(InputError, match=r"^residual_bits \('auto': 8 where there are any; None: in float\)"):
         QuantizationConfig(residual_bits=bits)
 
 
@@ -160,6 +181,7 @@ def test_networks_of_timm(name):
         "ReLU",
         "MaxPool2d",
         "InvertedResidual",
+        "ReLU6",  # before pooling
     }
 
 
@@ -169,3 +191,66 @@ def test_a_module_that_was_converted_afterwards_is_found_out(tmp_path):
     trainer.model = trainer.model_wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(trainer.model)
     with pytest.raises(InputError, match=r"'blocks.0.norm' \(now SyncBatchNorm"):
         trainer.train()
+
+
+class TestAuto:
+    """8 bits for what a convolution puts out by itself, which gives it an integer kernel; sums stay in float."""
+
+    def test_it_is_the_default_and_takes_what_convolutions_put_out(self):
+        plan = plan_quantization(Net("iadd", "add"), QuantizationConfig())
+        assert [(line.name, line.activation_bits) for line in plan.residuals] == [
+            ("blocks.0.norm", 8),
+            ("stem", 8),
+            ("blocks.1.norm", 8),
+        ]
+
+    def test_float_activations_are_left_in_float(self):
+        assert not plan_quantization(Net("add"), QuantizationConfig(activation_bits=None)).residuals
+
+    def test_what_can_not_be_quantized_was_not_asked_for(self, caplog):
+        plan = quantize_model(Net("shared act"), QuantizationConfig())
+        assert [line.name for line in plan.residuals] == ["stem"] and "Left in float" not in caplog.text
+
+    def test_a_network_without_such_maps_is_quantized_without(self):
+        assert not quantize_model(timm.create_model("test_vit"), QuantizationConfig()).residuals
+        assert not quantize_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))).residuals
+
+    def test_a_saved_config_without_the_field_is_of_a_time_without_it(self):
+        saved = QuantizationConfig().to_dict()
+        assert saved.pop("residual_bits") == "auto"
+        assert QuantizationConfig.from_dict(saved).residual_bits is None
+        assert QuantizationConfig.from_dict({}).residual_bits == "auto"
+
+
+def pooling(norm, act, pool):
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), norm, act, pool, nn.Flatten(), nn.Linear(6, 4))
+
+
+class Mean(nn.Module):
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+        self.args, self.kwargs = args, kwargs
+
+    def forward(self, x):
+        return x.mean(*self.args, **self.kwargs)
+
+
+@pytest.mark.parametrize(
+    ("act", "pool", "name"),
+    [
+        (nn.ReLU(), nn.AdaptiveAvgPool2d(1), "3"),
+        (nn.ReLU6(inplace=True), Mean((2, 3)), "3"),
+        (nn.Identity(), Mean(dim=(-2, -1), keepdim=True), "2"),
+        (nn.Hardtanh(), nn.AvgPool2d(12), "3"),
+        (nn.ReLU(), nn.AvgPool2d(2), None),  # no global pooling
+        (nn.ReLU(), Mean(1, keepdim=True), None),  # of channels
+        (nn.SiLU(), nn.AdaptiveAvgPool2d(1), None),  # no engine computes it along with the convolution
+    ],
+)
+def test_a_convolution_before_global_pooling_puts_out_integers(act, pool, name):
+    model = pooling(nn.BatchNorm2d(6), act, pool)
+    model[5] = nn.Flatten(1)
+    model[6] = nn.LazyLinear(4)
+    model(images())
+    plan = quantize_model(model, QuantizationConfig(), images())
+    assert [line.name for line in plan.residuals] == ([] if name is None else [name])

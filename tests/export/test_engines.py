@@ -27,10 +27,12 @@ pytestmark = pytest.mark.export
 # Side of the images, configuration, and how it is exported.
 MODELS = {
     "test_resnet": (32, {}, {}),
-    "test_resnet, residuals": (32, {"residual_bits": 8}, {}),
+    "test_resnet, floats added": (32, {"residual_bits": None}, {}),
+    "test_resnet, sums": (32, {"residual_bits": 8}, {}),
     # Engines must not quantize by themselves the weight that is left in float between integers.
-    "test_resnet, kept": (32, {"residual_bits": 8, "modules_to_not_convert": ["layer3.0.conv1"]}, {}),
-    "test_resnet, packed": (32, {"residual_bits": 8}, {"container": "packed"}),
+    "test_resnet, kept": (32, {"modules_to_not_convert": ["layer3.0.conv1"]}, {}),
+    "test_resnet, packed": (32, {}, {"container": "packed"}),
+    "mobilenetv2_050": (32, {}, {}),  # pools what a convolution puts out
     "test_resnet, signed": (32, {"residual_bits": 7}, {"signed_activations": True}),
     "mobilenetv3_small_050": (32, {}, {}),
     "test_vit": (160, {}, {}),
@@ -66,7 +68,8 @@ def test_onnx_runtime_has_the_kernels_that_the_report_says(exported):
     # The head is a product of few numbers, whose optimised form depends on its bias.
     assert said["MatMul"] <= found["MatMulIntegerToFloat"] + found["QGemm"] <= said["MatMul"] + said["Gemm"]
     left = [kernel.layer for kernel in report.kernels if kernel.operator == "Conv" and kernel.onnxruntime is not None]
-    assert bool(left) is ("residual_bits" not in MODELS[name][1] or name == "test_resnet, signed")
+    in_float = ("mobilenetv3", "test_vit", "test_resnet, floats", "test_resnet, signed")
+    assert bool(left) is name.startswith(in_float)
 
 
 def test_openvino_has_the_kernels_that_the_report_says(exported):
@@ -84,7 +87,7 @@ def test_openvino_has_the_kernels_that_the_report_says(exported):
     assert len(said) <= types["u8"] + types["i8"] <= len(report.kernels)
 
 
-@pytest.mark.parametrize("name", ["test_resnet, signed", "test_vit, signed", "test_resnet, residuals"])
+@pytest.mark.parametrize("name", ["test_resnet, signed", "test_vit, signed", "test_resnet"])
 def test_tensorrt_wants_signed_activations(name):
     size, config, options = MODELS[name]
     report = deploy_report(student_of(build(name), size, weight_bits=4, activation_bits=4, **config), **options)
@@ -158,9 +161,32 @@ def test_openvino_computes_what_pytorch_does(quantizer, bits, options, tmp_path)
 
 
 def test_a_convolution_before_an_addition_is_told_what_would_help():
-    report = deploy_report(student_of(build("test_resnet"), 32, weight_bits=4))
-    assert "goes to Add in float (residual_bits=8 makes it integers)" in str(report)
-    assert set(report.to_dict()) == {"kernels", "coverage", "file_bytes", "container"}
+    report = deploy_report(student_of(build("test_resnet"), 32, weight_bits=4, residual_bits=None))
+    assert "goes to Add in float (residual_bits='auto' makes it integers)" in str(report)
+    assert set(report.to_dict()) == {"kernels", "coverage", "file_bytes", "container", "verdicts"}
+
+
+def test_the_verdict_counts_multiplications():
+    slow, fast = (
+        deploy_report(student_of(build("test_resnet"), 32, weight_bits=8, residual_bits=bits))
+        for bits in (None, "auto")
+    )
+    assert fast.integer_share("onnxruntime") == fast.integer_share("openvino") == 1
+    macs = {layer.name: layer.macs for layer in student_of(build("test_resnet"), 32).quantization_plan}
+    without = sum(macs[kernel.layer] for kernel in slow.kernels if kernel.onnxruntime is not None)
+    assert slow.integer_share("onnxruntime") == pytest.approx(1 - without / sum(macs.values())) != 1
+    assert fast.verdict("openvino").endswith("integers in 16 of 16 layers, 100% of the MACs: faster")
+    assert slow.integer_share("onnxruntime") < 0.75 and slow.verdict("onnxruntime").endswith("no faster, or hardly")
+    assert fast.integer_share("tensorrt") == 0 and f"TensorRT: {fast.verdict('tensorrt')}" in str(fast)
+    ratio = 4 * fast.coverage.weights / fast.file_bytes
+    assert fast.verdict("openvino").startswith(f"{ratio:.1f} × smaller than float32; ")
+
+
+def test_attention_in_float_counts_as_float():
+    report = deploy_report(student_of(build("test_vit"), 160, weight_bits=8))
+    layers = sum(kernel.macs for kernel in report.with_integers("openvino"))
+    assert layers < report.coverage.macs + report.coverage.attention_macs
+    assert report.integer_share("openvino") == layers / (report.coverage.macs + report.coverage.attention_macs)
 
 
 def test_bytes_are_those_of_the_file(tmp_path):

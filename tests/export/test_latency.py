@@ -7,8 +7,17 @@ import onnxruntime
 import pytest
 import torch
 
-from sqakd_hf import InputError, QuantizationConfig, build_model, is_calibrated, measure_latency, quantize_model
-from sqakd_hf.export.latency import engine_runs, export_float
+from sqakd_hf import (
+    InputError,
+    LatencyReport,
+    QuantizationConfig,
+    build_model,
+    is_calibrated,
+    measure_latency,
+    quantize_model,
+)
+from sqakd_hf.export import latency
+from sqakd_hf.export.latency import Latency, engine_runs, export_float
 from tests.helpers.exporting import detector, noise, student_of
 from tests.helpers.models import TinyConvNet, tiny_vit
 
@@ -40,7 +49,43 @@ class TestMeasureLatency:
         assert list(report.versions) == ["PyTorch", "ONNX Runtime", "OpenVINO"]
         said = str(report)
         assert "W2A2 student, 32 px, batch 2, 1 thread(s)" in said and f"int8 {report.file_bytes:,}" in said
-        assert said.count("\n") == 8
+        assert said.count("\n") == 10
+        assert set(report.verdicts()) == {"ONNX Runtime", "OpenVINO"}
+        assert all(f"{engine}: {verdict}" in said for engine, verdict in report.verdicts().items())
+
+    @pytest.mark.parametrize(
+        ("half", "int8", "verdict"),
+        [
+            (1.0, 4.0, "3.9 × smaller, 2.00 × faster than float32"),
+            (2.5, 4.0, "3.9 × smaller, 1.60 × faster than bfloat16"),
+            (1.0, 2.04, "3.9 × smaller, no faster than float32 here"),
+            (1.0, 1.97, "3.9 × smaller, no faster than float32 here"),
+            (4.0, 2.0, "3.9 × smaller, 2.00 × slower than bfloat16 here"),
+        ],
+    )
+    def test_says_whether_the_file_is_worth_it(self, half, int8, verdict):
+        speeds = {"float32": 2.0, "bfloat16": half, "int8 file": int8}
+        lines = [Latency("PyTorch", "float32", 9.0, 1.0, 0.0), Latency("PyTorch", "student", 9.0, 9.0, 0.0)]
+        lines += [Latency("OpenVINO", what, 1.0, speed, 0.1) for what, speed in speeds.items()]
+        report = LatencyReport(tuple(lines), "W8A8", 224, 1, 1, 39_000, 10_000, {"OpenVINO": "1"})
+        assert report.verdicts() == {"OpenVINO": verdict} == report.to_dict()["verdicts"]
+        assert f"OpenVINO: {verdict}" in str(report)
+
+    def test_bfloat16_is_measured_where_the_processor_has_it(self, monkeypatch):
+        core = latency.openvino_core()
+        has = [*core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"), "BF16"]
+        real = type(core).get_property
+
+        def property_of(self, device, name):
+            return has if name == "OPTIMIZATION_CAPABILITIES" else real(self, device, name)
+
+        monkeypatch.setattr(type(core), "get_property", property_of)
+        report = measure_latency(student_of(network(), 32), rounds=2)
+        assert [each.what for each in report.latencies if each.engine == "OpenVINO"] == [
+            "float32",
+            "bfloat16",
+            "int8 file",
+        ]
 
     def test_a_student_without_ranges_stays_without(self):
         student = network()
