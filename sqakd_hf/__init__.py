@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         verify_export,
     )
     from .hub.loading import WeightsNotFoundError, build_model, load_model, load_teacher
+    from .search.sensitivity import SensitivityReport, SiteError, sensitivity
 
 __version__ = "0.1.0.dev0"
 
@@ -61,6 +62,8 @@ __all__ = [
     "SQAKDHfQuantizer",
     "SQAKDTrainer",
     "SQAKDTrainingArguments",
+    "SensitivityReport",
+    "SiteError",
     "TeacherAgreement",
     "TeacherDivergence",
     "TopKAccuracy",
@@ -85,6 +88,7 @@ __all__ = [
     "reconstruct_model",
     "register_quantized_layer",
     "register_quantizer",
+    "sensitivity",
     "split_holdout",
     "verify_export",
 ]
@@ -114,6 +118,9 @@ _LAZY = {
     "SQAKDTrainer": "distillation.trainer",
     "SQAKDTrainingArguments": "distillation.training_args",
     "ImageTransform": "data.transforms",
+    "SensitivityReport": "search.sensitivity",
+    "SiteError": "search.sensitivity",
+    "sensitivity": "search.sensitivity",
 }
 
 

@@ -26,7 +26,7 @@ ORDER = [
     "reporting",
     "hub",
     "export | distillation",
-    "research",
+    "search | research",
     "cli",
     "__main__",
     "__init__",

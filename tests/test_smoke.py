@@ -23,7 +23,7 @@ def test_the_command_distils_a_student(tmp_path):
     quick = "--max_steps 2 --max_train_images 60 --max_test_images 30 --use_cpu true --disable_tqdm true"
     main(f"distill --model timm/test_resnet {quick} --output_dir {tmp_path / 'output'}".split())
     results = json.loads((tmp_path / "output" / "results.json").read_text())
-    assert results["student"]["kl"] > 0 and (tmp_path / "output" / "model.safetensors").exists()
+    assert 0 <= results["student"]["kl"] < 1e-3 and (tmp_path / "output" / "model.safetensors").exists()
 
 
 def test_an_exported_student_computes_what_it_did(tmp_path):

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import functools
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,7 @@ from ..data.hub_access import hub_id
 from ..errors import InputError
 from ..layers.quantized_layer import QuantizedLayer, weight_of
 from ..quantization.packing import pack_bits, unpack_bits
+from ..quantization.quantizers import FakeQuantizer
 from .manifest import FORMATS, Manifest, packed_shape
 
 
@@ -126,8 +128,14 @@ class SQAKDHfQuantizer(HfQuantizer):
         self._expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.named_parameters()}
         if not self.pre_quantized:
             # A float checkpoint has no ranges: nothing to report as missing.
-            ranges = [rf"{name}\.(weight|input)_quantizer\." for name in quantized_layers(model)]
-            expect_missing(model, ranges)
+            expect_missing(
+                model,
+                [
+                    rf"{re.escape(name)}\."
+                    for name, module in model.named_modules()
+                    if isinstance(module, FakeQuantizer)
+                ],
+            )
 
     def _rebuild(self, model: "PreTrainedModel", stored: dict[str, Any], files: list[str] | None) -> None:
         where = f"{model.config._name_or_path or 'The student'}: config.json"

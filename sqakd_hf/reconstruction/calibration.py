@@ -54,7 +54,7 @@ def calibrate_unit(
     """
     for name in unit.layers:
         layer = student.get_submodule(name)
-        with _least_error(layer.weight_quantizer):
+        with least_error(layer.weight_quantizer):
             layer.weight_quantizer.init_range(layer.float_weight())
     sites = _sites(unit, teacher, teacher_inputs, device)
     first, teacher_first = (x.first(RANGE_IMAGES).copies(device) for x in (inputs, teacher_inputs))
@@ -62,7 +62,7 @@ def calibrate_unit(
     with contextlib.ExitStack() as stack:
         for name, module in named_modules(unit, student):
             if isinstance(module, FakeQuantizer) and module.role == "activation":
-                stack.enter_context(_least_error(module))
+                stack.enter_context(least_error(module))
                 stack.enter_context(RangeAverage(range_site(name), module))
         for name in sites:
             stack.enter_context(_corrected_at_once(student, teacher, name, expected[name]))
@@ -83,7 +83,7 @@ def calibrate_unit(
 
 
 @contextlib.contextmanager
-def _least_error(quantizer: FakeQuantizer) -> Iterator[None]:
+def least_error(quantizer: FakeQuantizer) -> Iterator[None]:
     """Set first ranges by least squared error at every width, unless the caller chose another way.
 
     The methods' own ways for few codes are made for networks that train long from there. One that was trained before,

@@ -151,6 +151,30 @@ class TestInspect:
             assert expected in page, expected
         assert "student: W2A2 by lsq" in page
 
+    def test_what_each_place_costs(self, distilled, capsys, tmp_path):
+        teacher, file = distilled / "teacher", tmp_path / "places.json"
+        arguments = [teacher, "--weight_bits", 4, "--sensitivity", file, "--dataset", "digits", "--max_images", 33]
+        said = printed(capsys, "inspect", *arguments)
+        assert "KL where this alone is quantized" in said and "keep these high. 33 images" in said
+        facts = json.loads(printed(capsys, "inspect", *arguments, "--json"))
+        assert {error["bits"] for error in facts["sensitivity"]["errors"]} == {2, 3, 4, 6, 8}
+        places = len(json.loads(file.read_text())["errors"])
+        assert 5 * places == len(facts["sensitivity"]["errors"]) > 10 * facts["plan"]["coverage"]["quantized_layers"]
+
+    @pytest.mark.parametrize(
+        ("what", "arguments", "message"),
+        [
+            ("teacher", [], "--sensitivity needs images: pass --dataset"),
+            ("teacher", ["--dataset", "digits", "--max_images", 0], "max_images must be an integer of at least 1"),
+            ("", ["--dataset", "digits"], "is a student: --sensitivity is of the float model"),
+        ],
+    )
+    def test_what_places_can_not_be_measured(self, distilled, tmp_path, what, arguments, message):
+        file = tmp_path / "places.json"
+        with pytest.raises(SystemExit, match=message):
+            main(["inspect", str(distilled / what), "--sensitivity", str(file), *map(str, arguments)])
+        assert not file.exists()
+
     def test_a_page_that_cannot_be_written_is_told_first(self, tmp_path):
         (tmp_path / "folder").mkdir()
         for path, message in (

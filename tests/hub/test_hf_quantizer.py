@@ -554,3 +554,22 @@ def test_a_student_can_be_saved_where_it_was_loaded_from(saved, tmp_path, train)
     assert torch.equal(logits(loaded, 16), expected)
     loaded.save_pretrained(folder)
     assert torch.equal(logits(AutoModelForImageClassification.from_pretrained(folder), 16), expected)
+
+
+def test_the_config_of_a_timm_student_names_its_classes_for_everyone(tmp_path):
+    """optimum and transformers.js read `id2label`, which transformers leaves out of a timm model's config."""
+    names = {0: "cat", 1: "dog", 2: "owl"}
+    model = build_model("timm/test_resnet", 3, image_size=32)
+    model.config.id2label, model.config.label2id = names, {name: number for number, name in names.items()}
+    quantize_model(model, QuantizationConfig())
+    calibrate_model(model, [torch.randn(4, 3, 32, 32)], disable_progress=True)
+    model.save_pretrained(tmp_path / "one")
+    stored = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert stored["id2label"] == {"0": "cat", "1": "dog", "2": "owl"} and stored["label2id"]["owl"] == 2
+    assert stored["model_type"] == "timm_wrapper" and stored["label_names"] == ["cat", "dog", "owl"]
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "one")
+    assert loaded.config.id2label == names and loaded.config.num_labels == 3
+    loaded.save_pretrained(tmp_path / "two")
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["id2label"] == stored["id2label"]
+    again = AutoModelForImageClassification.from_config(pickle.loads(pickle.dumps(copy.deepcopy(loaded.config))))
+    assert again.config.id2label == names

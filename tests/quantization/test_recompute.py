@@ -90,7 +90,7 @@ def test_memory_is_that_of_the_float_network(name, least):
     for key in ("float", "normal", "low"):
         model = build().train()
         if key != "float":
-            quantize_model(model, QuantizationConfig())
+            quantize_model(model, QuantizationConfig(residual_bits=None))
             calibrate_model(model, [images], disable_progress=True)
             model.train()
         with (counting := Counting(model, recompute=key == "low")):

@@ -1,0 +1,1 @@
+"""Which parts of a network bear few bits, measured without labels."""
