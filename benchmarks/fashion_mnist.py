@@ -1,4 +1,4 @@
-"""Accuracy of students on Fashion-MNIST, by quantizer and bits, over several seeds: the README's table.
+"""Accuracy of students on Fashion-MNIST, by quantizer and bits, over several seeds.
 
     python benchmarks/fashion_mnist.py --output benchmarks/fashion_mnist
 
