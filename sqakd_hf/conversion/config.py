@@ -30,7 +30,7 @@ LAYER_FIELDS = (
     "integer_zero_point",
     "quantizer_kwargs",
 )
-# Sums, and maps before pooling, of fewer bits cost quality, and no engine gains by them.
+# Fewer bits cost quality, and no engine gains by them.
 RESIDUAL_BITS = 8
 # Depthwise convolutions of fewer bits cost most of what a network loses at 4 bits, and are few of its weights.
 DEPTHWISE_BITS = 8
@@ -59,7 +59,8 @@ class QuantizationConfig(QuantizationConfigMixin):
         residual_bits (`int` or `str`, *optional*, defaults to `"auto"`): Bits of the feature maps that residual
             connections of convolutional networks add and that global pooling takes. Engines whose integer
             convolutions put out integers alone (ONNX Runtime) compute in float where these are in float. `"auto"` is 8
-            where there are such maps; `None` leaves them in float, as the papers do.
+            for what one convolution puts out by itself; a number is for all of them, sums that go on as well; `None`
+            leaves them in float, as the papers do.
         depthwise_bits (`int` or `str`, *optional*, defaults to `"auto"`): Bits of depthwise convolutions, weights and
             activations. `"auto"` gives them 8 where 4 or fewer were asked: at 4 bits they are what mobile networks
             lose most by, and 3 % of their bytes. `None` treats them as the other layers.

@@ -137,7 +137,7 @@ class Watcher(TorchFunctionMode):
         fused = [tensor for tensor in tensors_in(args[:1]) if getattr(tensor, "_sqakd_fused", False)]
         output = func(*args, **kwargs)
         outputs = tensors_in(output)
-        if func in POOLS and fused and outputs[0].numel() == math.prod(fused[0].shape[:2]):
+        if func in POOLS and fused and _is_pooled(outputs[0], fused[0]):
             self.pooled.append(list(_returned_by(fused[0])))
             self.fused.append(self.pooled[-1])
         if not outputs and not tensors_in(args):
@@ -312,25 +312,11 @@ class Watcher(TorchFunctionMode):
 
 
 # What engines compute as a part of the convolution before it.
-FUSED = {
-    F.batch_norm,
-    F.max_pool2d,
-    F.relu,
-    F.relu6,
-    F.hardtanh,
-    torch.relu,
-    torch.relu_,
-    torch.Tensor.relu,
-    torch.Tensor.relu_,
-} | {
-    torch.clamp,
-    torch.Tensor.clamp,
-    torch.Tensor.clamp_,
-}
-POOLS = {F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.avg_pool2d, torch.mean, torch.Tensor.mean} | {
-    torch.amax,
-    torch.Tensor.amax,
-}
+_RELUS = {F.relu, F.relu6, F.hardtanh, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_}
+_CLAMPS = {torch.clamp, torch.Tensor.clamp, torch.Tensor.clamp_}
+FUSED = {F.batch_norm, F.max_pool2d, *_RELUS, *_CLAMPS}
+_MEANS = {torch.mean, torch.Tensor.mean, torch.amax, torch.Tensor.amax}
+POOLS = {F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.avg_pool2d, *_MEANS}
 # Functions that take many matrices at once.
 _TAKE_MANY = {"lstm", "gru", "rnn_tanh", "rnn_relu", "multi_head_attention_forward"}
 
@@ -345,6 +331,11 @@ def _contracted(func, args: tuple, operands: list[torch.Tensor]) -> int:
     terms, result = equation.replace(" ", "").split("->")
     sizes = dict(zip("".join(terms.split(",")), [n for t in operands for n in t.shape], strict=False))
     return math.prod(size for letter, size in sizes.items() if letter not in result)
+
+
+def _is_pooled(output: torch.Tensor, x: torch.Tensor) -> bool:
+    """Tell whether one number is left of each channel of a map `(B, C, H, W)`."""
+    return output.shape[:2] == x.shape[:2] and output.numel() == math.prod(x.shape[:2])
 
 
 def _sources(tensor: torch.Tensor) -> frozenset[str]:
