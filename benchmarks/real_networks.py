@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("photos", type=Path)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 4])
     parser.add_argument("--depthwise_bits", default="auto", help="auto, none, or 1 to 8")
+    parser.add_argument("--residual_bits", default="auto", help="auto, none, or 1 to 8")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", type=Path, default=Path("benchmarks/real_networks"))
     parser.add_argument("--work", type=Path, default=Path("real-networks"), help="where students and logs go")
@@ -50,15 +51,17 @@ def main() -> None:
     print("| bits | depthwise | seed | stage | KL | agreement | CPU s | GiB |\n|---|---|---|---|---|---|---|---|")
     for bits in options.bits:
         for seed in options.seeds:
-            name = f"{options.model.name}-w{bits}a{bits}-dw{options.depthwise_bits}-seed={seed}"
+            residual = "" if options.residual_bits == "auto" else f"-residual={options.residual_bits}"
+            name = f"{options.model.name}-w{bits}a{bits}-dw{options.depthwise_bits}{residual}-seed={seed}"
             path = options.rows / f"{name}.json"
             if not path.exists():
                 output = options.work / name
                 arguments = (
                     f"--weight_bits {bits} --activation_bits {bits} --seed {seed} --num_threads 1 --use_cpu true"
                 )
-                if options.depthwise_bits != "auto":
-                    arguments += f" --depthwise_bits {options.depthwise_bits}"
+                for option in ("depthwise_bits", "residual_bits"):
+                    if (value := getattr(options, option)) != "auto":
+                        arguments += f" --{option} {value}"
                 command = f"--model {options.model} --dataset {options.photos} {arguments} --output_dir {output}"
                 shutil.rmtree(output, ignore_errors=True)
                 program = [sys.executable, "-m", "sqakd_hf", "distill"]
