@@ -119,7 +119,7 @@ class DistillationArguments(SQAKDTrainingArguments):
         metadata={"help": "learning rate of the student's weights; default: less for more than 2 bits"},
     )
     per_device_train_batch_size: int = field(default=64, metadata={"help": "training batch of each process"})
-    per_device_eval_batch_size: int = field(default=128, metadata={"help": "evaluation batch of each process"})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "evaluation batch of each process"})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})
     logging_strategy: str = field(default="epoch", metadata={"help": "when to log"})
     save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints to keep beside the best"})

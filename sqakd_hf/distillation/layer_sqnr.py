@@ -1,7 +1,7 @@
 """How far each quantized layer's output is from the same layer's in the teacher."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -10,6 +10,9 @@ from ..conversion.student import parameter_shapes, quantized_layers
 from ..conversion.trace import evaluating
 from ..outputs.forward import run_model
 from ..quantization.functional import widest_float
+
+
+IMAGES = 8  # together: what all layers of both models put out is kept at once
 
 
 @torch.no_grad()
@@ -33,8 +36,7 @@ def layer_sqnr(
     names = list(quantized_layers(student)) if parameter_shapes(student) == parameter_shapes(teacher) else []
     sums: dict[str, torch.Tensor] = {}
     with evaluating(student), evaluating(teacher):
-        for batch in batches:
-            inputs = batch if isinstance(batch, Mapping) else {"pixel_values": batch}
+        for inputs in _few_at_a_time(batches):
             expected, found = (_outputs(model, names, inputs) for model in (teacher, student))
             for name in found.keys() & expected.keys():
                 wide = widest_float(expected[name].device)
@@ -46,6 +48,14 @@ def layer_sqnr(
     in_order = {name: sums[name].clamp(min=tiny) for name in names if name in sums}
     ratios = {name: 10 * float(torch.log10(signal / noise)) for name, (signal, noise) in in_order.items()}
     return {name: ratio for name, ratio in ratios.items() if math.isfinite(ratio)}
+
+
+def _few_at_a_time(batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    for batch in batches:
+        inputs = batch if isinstance(batch, Mapping) else {"pixel_values": batch}
+        tensors = {name: inputs[name] for name in ("pixel_values", "pixel_mask") if name in inputs}
+        for pieces in zip(*(tensor.split(IMAGES) for tensor in tensors.values()), strict=True):
+            yield dict(zip(tensors, pieces, strict=True))
 
 
 def _outputs(model: nn.Module, names: Iterable[str], inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
