@@ -144,7 +144,8 @@ def test_openvino_computes_what_pytorch_does(quantizer, bits, options, tmp_path)
     """With zero points that are no whole numbers as well, which OpenVINO rounds in dequantizations."""
     torch.manual_seed(0)
     widths = {"weight_bits": bits, "activation_bits": 4, "first_last_bits": bits}
-    student = student_of(TinyConvNet(), quantizer=quantizer, **widths)
+    # Of the 6,272 values before pooling one is 3e-6 of a step from a tie, which may fall to either side.
+    student = student_of(TinyConvNet(), quantizer=quantizer, residual_bits=None, **widths)
     if quantizer == "ewgs":
         with torch.no_grad():  # as after training
             for layer in quantized_layers(student).values():
@@ -168,7 +169,7 @@ def test_a_convolution_before_an_addition_is_told_what_would_help():
 
 def test_the_verdict_counts_multiplications():
     slow, fast = (
-        deploy_report(student_of(build("test_resnet"), 32, weight_bits=8, residual_bits=bits))
+        deploy_report(student_of(build("test_resnet"), 32, weight_bits=4, residual_bits=bits))
         for bits in (None, "auto")
     )
     assert fast.integer_share("onnxruntime") == fast.integer_share("openvino") == 1
