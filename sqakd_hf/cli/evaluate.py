@@ -21,7 +21,6 @@ from tqdm import tqdm
 from ..data.collator import ImageCollator
 from ..data.dataset import ImageData, load_image_data
 from ..data.labels import is_labelled
-from ..data.transforms import ImageTransform
 from ..distillation.losses import check_same_classes
 from ..distillation.metrics import TeacherAgreement, TeacherDivergence, TopKAccuracy
 from ..hub.loading import load_model, num_classes
@@ -29,7 +28,7 @@ from ..hub.model_preprocessing import preprocessing
 from ..hub.preprocessing import Preprocessing
 from ..outputs.forward import predict
 from ..reporting.training_record import to_json
-from .students import class_names, load_student
+from .students import class_names, expected_transform, load_student
 
 
 Predictor = Callable[[torch.Tensor], np.ndarray]
@@ -56,14 +55,9 @@ def main(argv: Sequence[str]) -> None:
         check_same_classes(len(classes), num_classes(teacher_model))
         teacher = _predictor(teacher_model)
     data = _load_data(options).numbered_like(classes)
-    transform = ImageTransform(
-        expected.image_size,
-        expected.mean,
-        expected.std,
-        crop_pct=expected.crop_pct,
-        interpolation=expected.interpolation,
+    loader = DataLoader(
+        data.test.with_transform(expected_transform(expected)), options.batch_size, collate_fn=ImageCollator()
     )
-    loader = DataLoader(data.test.with_transform(transform), options.batch_size, collate_fn=ImageCollator())
     logits, references, labels = [], [], []
     for batch in tqdm(loader, "Evaluating", unit="batch", leave=False):
         logits.append(predictor(batch["pixel_values"]))

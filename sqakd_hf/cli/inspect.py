@@ -23,7 +23,6 @@ import torch
 from .._validation import check_integer
 from ..conversion.student import is_calibrated, quantized_layers
 from ..data.dataset import load_image_data
-from ..data.transforms import ImageTransform
 from ..errors import InputError
 from ..hub.loading import load_model
 from ..hub.model_preprocessing import preprocessing
@@ -31,7 +30,7 @@ from ..reporting.html_report import html_report
 from ..reporting.training_record import TrainingRecord, to_json
 from ..search.sensitivity import SensitivityReport, sensitivity
 from .quantization_arguments import QuantizationArguments, parse_with_quantization
-from .students import student_or_plan
+from .students import expected_transform, student_or_plan
 
 
 @dataclass
@@ -102,16 +101,8 @@ def _sensitivity(options: InspectArguments, quantization: QuantizationArguments)
     model = load_model(options.model).eval()
     if quantized_layers(model):
         raise InputError(f"{options.model!r} is a student: --sensitivity is of the float model it was made of.")
-    expected = preprocessing(model)
-    transform = ImageTransform(
-        options.image_size or expected.image_size,
-        expected.mean,
-        expected.std,
-        crop_pct=expected.crop_pct,
-        interpolation=expected.interpolation,
-    )
     data = load_image_data(options.dataset, max_train_images=options.max_images)
-    items = data.train.with_transform(transform)
+    items = data.train.with_transform(expected_transform(preprocessing(model), options.image_size))
     images = torch.stack([items[number]["pixel_values"] for number in range(len(items))])
     return sensitivity(model, images, quantization.to_config(), progress_file=options.sensitivity)
 

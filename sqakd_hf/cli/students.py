@@ -8,8 +8,10 @@ from transformers import PreTrainedModel
 
 from ..conversion.convert import quantize_model
 from ..conversion.student import quantized_layers
+from ..data.transforms import ImageTransform
 from ..errors import InputError
 from ..hub.loading import WeightsNotFoundError, build_model, load_model
+from ..hub.preprocessing import Preprocessing
 from .quantization_arguments import QuantizationArguments
 
 
@@ -42,6 +44,17 @@ def student_or_plan(
     elif given:
         raise InputError(f"{name!r} is a student, whose quantization is its own. Leave out --{', --'.join(given)}.")
     return model.eval()
+
+
+def expected_transform(expected: Preprocessing, image_size: int | None = None) -> ImageTransform:
+    """Return how a model expects its images, without augmentation; of another size where one is given."""
+    return ImageTransform(
+        image_size or expected.image_size,
+        expected.mean,
+        expected.std,
+        crop_pct=expected.crop_pct,
+        interpolation=expected.interpolation,
+    )
 
 
 def class_names(model: PreTrainedModel) -> list[str]:

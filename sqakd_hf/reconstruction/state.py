@@ -97,7 +97,7 @@ class Progress:
                     f"{', '.join(differing)}. Pass another checkpoint folder, or delete that one to begin anew."
                 )
         else:
-            _write(path, json.dumps(run, indent=1).encode())
+            write_whole(path, json.dumps(run, indent=1).encode())
 
     @property
     def steps(self) -> int | None:
@@ -107,7 +107,7 @@ class Progress:
 
     @steps.setter
     def steps(self, steps: int) -> None:
-        _write(self.folder / self._STEPS, json.dumps(steps).encode())
+        write_whole(self.folder / self._STEPS, json.dumps(steps).encode())
 
     def save(self, number: int, unit: Unit, student: nn.Module, result: UnitResult) -> None:
         """Keep a finished unit."""
@@ -146,7 +146,8 @@ def _tensors(unit: Unit, student: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there as a whole or not at all, whenever the program is killed."""
     half_written = path.with_suffix(".part")
     half_written.write_bytes(content)
     os.replace(half_written, path)

@@ -152,7 +152,7 @@ def find_units(
     logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
     names = [name for name in watcher.calls if name and watcher.runs_once(name)]
     blocks = _named_blocks(names, patterns) if patterns else _residual_blocks(names, watcher.added, layers)
-    blocks = [name for name in blocks if any(_is_inside(layer, name) for layer in layers)]
+    blocks = [name for name in blocks if any(is_inside(layer, name) for layer in layers)]
     pieces = [name for name in _pieces(model, set(blocks)) if watcher.runs_once(name)]
     pieces.sort(key=watcher.order)
     chains: list[list[str]] = []
@@ -172,7 +172,7 @@ def find_units(
     _join_head(chains, blocks, watcher, logits)
     units: list[Unit] = []
     for chain in chains:
-        inside = tuple(layer for layer in layers if any(_is_inside(layer, name) for name in chain))
+        inside = tuple(layer for layer in layers if any(is_inside(layer, name) for name in chain))
         if not inside and not any(_has_batch_norm(model, name) for name in chain):
             continue
         units.append(
@@ -264,12 +264,13 @@ class _Watcher(TorchFunctionMode):
         return given is self.output_of(before) and not others
 
 
-def _is_inside(name: str, outer: str) -> bool:
+def is_inside(name: str, outer: str) -> bool:
+    """Tell whether a module is another one or in it, by their names."""
     return name == outer or name.startswith(f"{outer}.")
 
 
 def _outermost(names: Collection[str]) -> list[str]:
-    return [name for name in names if not any(_is_inside(name, other) and name != other for other in names)]
+    return [name for name in names if not any(is_inside(name, other) and name != other for other in names)]
 
 
 def _without_numbers(name: str) -> str:
@@ -278,9 +279,9 @@ def _without_numbers(name: str) -> str:
 
 def _residual_blocks(names: Sequence[str], added: Collection[str], layers: Collection[str]) -> list[str]:
     """Return the modules that are residual blocks, and their siblings."""
-    adders = {name for name in names if name in added and any(_is_inside(layer, name) for layer in layers)}
+    adders = {name for name in names if name in added and any(is_inside(layer, name) for layer in layers)}
     for outer in sorted(adders, key=len, reverse=True):
-        inner = [_without_numbers(name) for name in adders if _is_inside(name, outer) and name != outer]
+        inner = [_without_numbers(name) for name in adders if is_inside(name, outer) and name != outer]
         # What holds several blocks of a kind is no block; what holds one adder of each kind (attention that adds a
         # bias by position, say) is.
         if len(inner) > len(set(inner)):
@@ -300,7 +301,7 @@ def _pieces(model: nn.Module, blocks: Collection[str], name: str = "") -> list[s
     if name in blocks:
         return [name]
     module = model.get_submodule(name)
-    whole = name and not any(_is_inside(block, name) for block in blocks)
+    whole = name and not any(is_inside(block, name) for block in blocks)
     if whole and (weight_of(module) is not None or _is_norm(module) or not _has_layer(model, name)):
         if weight_of(module) is not None or _is_norm(module) or not _has_batch_norm(model, name):
             return [name]

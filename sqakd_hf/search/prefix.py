@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..conversion.watcher import tensors_in
 from ..outputs.forward import run_model
 from ..reconstruction.inputs import Reached
 from ..reconstruction.units import Unit
@@ -53,7 +54,7 @@ class Prefix:
 
                 stack.callback(model.get_submodule(name).register_forward_hook(keep).remove)
             with contextlib.suppress(Reached):
-                return seen, _tensors(run_model(model, inputs))
+                return seen, tensors_in(run_model(model, inputs))
         return seen, []
 
     def _stands_in(
@@ -61,7 +62,7 @@ class Prefix:
     ) -> bool:
         try:
             with self.skipped(model, 0):
-                found = _tensors(run_model(model, inputs))
+                found = tensors_in(run_model(model, inputs))
         except Exception:  # whatever a model makes of tensors that it may not change
             return False
         return len(found) == len(expected) and all(map(torch.equal, found, expected))
@@ -96,12 +97,3 @@ def _nothing(tensor: torch.Tensor) -> torch.Tensor:
 
 def _fresh(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if 0 in tensor.stride() and tensor.numel() > 1 else tensor.clone()
-
-
-def _tensors(output: Any) -> list[torch.Tensor]:
-    values = output.values() if isinstance(output, Mapping) else output
-    return [
-        leaf
-        for leaf in pytree.tree_leaves(list(values) if not isinstance(values, torch.Tensor) else values)
-        if isinstance(leaf, torch.Tensor)
-    ]

@@ -29,8 +29,8 @@ from ..errors import InputError
 from ..outputs.forward import Prediction, predict
 from ..quantization.quantizers import FakeQuantizer
 from ..reconstruction.calibration import least_error
-from ..reconstruction.state import digest_of
-from ..reconstruction.units import Unit, find_units
+from ..reconstruction.state import digest_of, write_whole
+from ..reconstruction.units import Unit, find_units, is_inside
 from ..reconstruction.walk import Images
 from .prefix import Prefix
 
@@ -169,8 +169,7 @@ def sensitivity(
         settings = {
             "model": digest_of([tensor for _, tensor in sorted(model.state_dict().items())]),
             "images": images.digest(),
-            "config": {key: value for key, value in config.to_dict().items() if key not in ("stored", "overrides")},
-            "overrides": [[pattern, options] for pattern, options in config.overrides.items()],
+            "config": {key: value for key, value in config.to_dict().items() if key != "stored"},
             "widths": widths,
             "output_field": output_field,
         }
@@ -236,9 +235,7 @@ class _Done:
     def add(self, kind: str, line: LayerPlan, errors: Sequence[SiteError]) -> None:
         self._errors[self._key((kind, line))] = [asdict(error) for error in errors]
         if self._path is not None:
-            half_written = self._path.with_name(f"{self._path.name}.part")
-            half_written.write_text(json.dumps({"settings": self._settings, "errors": self._errors}), encoding="utf-8")
-            os.replace(half_written, self._path)
+            write_whole(self._path, json.dumps({"settings": self._settings, "errors": self._errors}).encode())
 
 
 def _by_unit(plan: QuantizationPlan, units: Sequence[Unit]) -> dict[int | None, list[Site]]:
@@ -255,11 +252,7 @@ def _by_unit(plan: QuantizationPlan, units: Sequence[Unit]) -> dict[int | None, 
 
 
 def _unit_of(name: str, units: Sequence[Unit]) -> int | None:
-    inside = (
-        number
-        for number, unit in enumerate(units)
-        if any(name == module or name.startswith(f"{module}.") for module in unit.modules)
-    )
+    inside = (number for number, unit in enumerate(units) if any(is_inside(name, module) for module in unit.modules))
     return next(inside, None)
 
 
@@ -289,7 +282,7 @@ def _mean_and_error(values: torch.Tensor) -> tuple[float, float]:
 
 
 def _with_one_site(model: nn.Module, kind: str, line: LayerPlan, bits: int) -> nn.Module:
-    """Return a copy of the model, with its own tensors, in which one place is quantized."""
+    """Return a copy of the model, which shares its tensors, with one place quantized."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     student = copy.deepcopy(model, tensors)
     if kind in (WEIGHT, INPUT):

@@ -183,6 +183,28 @@ def test_what_the_config_leaves_in_float_is_no_place():
     }
 
 
+class TwoHeads(nn.Module):
+    """A network with a second head, of other classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.other = conv_net(), nn.Linear(8, 3)
+
+    def forward(self, pixel_values):
+        stem = self.net.stem(pixel_values)
+        return {"a": self.net(pixel_values), "b": self.other(stem.mean((2, 3)))}
+
+
+def test_of_several_heads_one_is_compared():
+    torch.manual_seed(0)
+    model = TwoHeads().eval()
+    for field, silent in (("a", "other"), ("b", "net.head")):
+        report = measure(model, widths=[2], output_field=field)
+        assert of(report, silent, "weight", 2).kl == 0 < of(report, "net.stem.0", "weight", 2).kl
+    with pytest.raises(InputError, match="output_field"):
+        measure(model, widths=[2])
+
+
 def test_interrupted_and_resumed_is_never_interrupted(tmp_path, monkeypatch):
     whole, path = measure(conv_net(), widths=[2, 8]), tmp_path / "sensitivity.json"
     real, calls = sensitivity_module._compare, []
